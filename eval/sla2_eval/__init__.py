@@ -1,0 +1,1 @@
+"""Scoring, timing, statistics and reports for video generators."""

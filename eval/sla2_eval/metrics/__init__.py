@@ -1,0 +1,1 @@
+"""One file a metric family; these modules know no method."""

@@ -1,0 +1,55 @@
+"""Unit and direction of every metric: one plain table, read by the steps that write records.
+
+The definition of a metric, its range, source and blind spots stand in the docstring of the function that computes it.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Metric:
+    """Unit of a value and whether a higher one is better (None: neither direction is)."""
+
+    unit: str
+    higher_is_better: bool | None
+
+
+UP, DOWN, NEITHER = True, False, None
+
+METRICS = {
+    # Exact, per video.
+    "temporal_flickering": Metric("1", UP),
+    "fidelity.psnr": Metric("dB", UP),
+    "fidelity.psnr_pooled": Metric("dB", UP),
+    "fidelity.ssim": Metric("1", UP),
+    # Recovered from the frames and compared with the prompt: the headline of synthetic studies.
+    "oracle.presence": Metric("1", UP),
+    "oracle.color": Metric("1", UP),
+    "oracle.shape": Metric("1", UP),
+    "oracle.direction": Metric("1", UP),
+    # Stand-ins with names of their own: never in one column with VBench.
+    "proxy.motion_smoothness_dis": Metric("1", UP),
+    "proxy.interp_gain": Metric("1", UP),
+    "proxy.dynamic_degree_dis": Metric("1", NEITHER),
+    "proxy.flow_top5": Metric("px/step", NEITHER),
+    "proxy.naturalness_niqe_indomain": Metric("1", DOWN),
+    "proxy.text_alignment_clip_indomain": Metric("1", UP),
+    "proxy.frame_consistency_clip_indomain": Metric("1", UP),
+    "judge.color": Metric("1", UP),
+    "judge.shape": Metric("1", UP),
+    "judge.direction": Metric("1", UP),
+    # A flagged video stays in every mean; the share of flags is printed next to it.
+    "guard.static": Metric("1", DOWN),
+    "guard.blank": Metric("1", DOWN),
+    "guard.saturated": Metric("1", DOWN),
+    "guard.not_finite": Metric("1", DOWN),
+    "guard.size": Metric("1", DOWN),
+    # Tensors of one attention layer.
+    "attention.rel_l1": Metric("1", DOWN),
+    "attention.rmse": Metric("1", DOWN),
+    "attention.cosine": Metric("1", UP),
+    "attention.kept_mass": Metric("1", UP),
+    "attention.alpha_error": Metric("1", DOWN),
+    "attention.alpha_mean": Metric("1", NEITHER),
+    "sparsity.realised": Metric("1", NEITHER),
+}

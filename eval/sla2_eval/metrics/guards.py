@@ -1,0 +1,37 @@
+"""Guards: marks of a degenerate video, on which consistency metrics would look perfect."""
+
+import numpy as np
+
+from sla2_eval.metrics.frames import as_array, as_float
+
+
+def guards(video, expected: tuple[int, int, int]) -> dict[str, float]:
+    """Card: `guard.static`, `guard.blank`, `guard.saturated`, `guard.not_finite`, `guard.size`.
+
+    Definition and formula, each 1 when raised and else 0:
+        static: no pixel changes by 1/255 between any two neighbouring frames (a single frame is static).
+        blank: in every frame and channel the spatial standard deviation is below 2/255.
+        saturated: more than half of all values are 0 or 255.
+        not_finite: a value is NaN or infinite; the other guards then look at the finite values only.
+        size: T, H, W differ from what was asked for.
+    Range: {0, 1}. Direction: lower is better.
+    Source: metrics that reward sameness give 1 to frozen and blank videos; VBench has no such guard.
+    Blind spots: noise raises none of them; a dark scene that is meant to be dark can be marked as saturated.
+
+    Args:
+        video: (T, H, W, 3), uint8 or floats in [0, 1].
+        expected: frames, height and width that were asked for.
+    """
+    frames = as_array(video)
+    finite = bool(frames.dtype == np.uint8 or np.isfinite(frames).all())
+    size = frames.shape[:3] != tuple(expected)
+    frames = as_float(frames if finite else np.nan_to_num(frames, nan=0.0, posinf=0.0, neginf=0.0))
+    change = np.abs(np.diff(frames, axis=0)).max() if len(frames) > 1 else 0.0
+    raised = {
+        "guard.static": change < 1.0,
+        "guard.blank": frames.std(axis=(1, 2)).max() < 2.0,
+        "guard.saturated": ((frames <= 0.0) | (frames >= 255.0)).mean() > 0.5,
+        "guard.not_finite": not finite,
+        "guard.size": size,
+    }
+    return {name: float(flag) for name, flag in raised.items()}

@@ -1,0 +1,95 @@
+"""Attention modules: route, attend sparsely and linearly, mix (equations 13 to 16, Algorithm 2)."""
+
+from dataclasses import dataclass
+from pkgutil import resolve_name
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sla2.router import top_k
+from sla2.variant import MIXINGS, QUANTIZERS, ROUTERS, Variant, kept_blocks
+from sla2_kernels import linear_attention, sparse_attention
+from sla2_kernels.reference import num_blocks, pool_blocks, smooth_keys
+
+
+@dataclass(frozen=True)
+class AttentionSettings:
+    """Config section `attention`.
+
+    Args:
+        block_q, block_k: tokens of a query and a key block; the paper has 128 and 64.
+        feature_map: phi of the linear branch, `softmax` over the head dim in the paper; or `elu`, `relu`.
+        phi_keys: phi of `smoothed` keys (Algorithm 2) or of `raw` ones (released SLA).
+        backend: `auto` takes Triton for CUDA tensors and the reference for CPU ones.
+    """
+
+    block_q: int = 128
+    block_k: int = 64
+    feature_map: str = "softmax"
+    phi_keys: str = "smoothed"
+    backend: str = "auto"
+
+
+class FullAttention(nn.Module):
+    """Dense softmax attention through torch's SDPA."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attend; all (B, H, N, D)."""
+        return F.scaled_dot_product_attention(q, k, v)
+
+
+class SparseLinearAttention(nn.Module):
+    """SLA2, and with other words of the sheet its predecessors and ablations.
+
+    Router and mixing parameters are fp32 whatever the model's dtype.
+
+    Args:
+        variant: row of the sheet.
+        heads, head_dim: of the layer.
+        tokens: N that alpha is laid out for; other lengths interpolate it.
+        settings: config section `attention`.
+    """
+
+    def __init__(self, variant: Variant, heads: int, head_dim: int, tokens: int, settings: AttentionSettings) -> None:
+        super().__init__()
+        self.variant, self.settings = variant, settings
+        self.router = resolve_name(ROUTERS[variant.router])(head_dim)
+        self.mixing = resolve_name(MIXINGS[variant.mixing])(heads, head_dim, num_blocks(tokens, settings.block_q))
+        self.quantizer = resolve_name(QUANTIZERS[variant.quantization])
+
+    def scores(self, q: Tensor, k: Tensor) -> Tensor:
+        """Router scores (B, H, T_m, T_n) of queries and already smoothed keys (B, H, N, D)."""
+        return self.router(pool_blocks(q, self.settings.block_q), pool_blocks(k, self.settings.block_k))
+
+    def kept(self, tokens: int) -> int:
+        """Key blocks that each query block keeps at that length."""
+        return kept_blocks(self.variant.sparsity, num_blocks(tokens, self.settings.block_k))
+
+    @torch.no_grad()
+    def route(self, q: Tensor, k: Tensor) -> Tensor:
+        """Hard mask (B, H, T_m, T_n), bool, of queries and keys (B, H, N, D)."""
+        return top_k(self.scores(q, smooth_keys(k)), self.kept(k.shape[-2]))
+
+    def linear_weight(self, mask: Tensor) -> Tensor:
+        """Blocks of the linear branch: what the sparse one skips; every block for `sla_main`."""
+        return torch.ones_like(mask) if self.variant.attention == "sla_main" else ~mask
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attend; all (B, H, N, D)."""
+        s = self.settings
+        blocks = {"block_q": s.block_q, "block_k": s.block_k, "backend": s.backend}
+        smooth = smooth_keys(k)  # shifts every row of S by a constant, so the softmax branch is unchanged
+        mask = self.route(q, k)
+        precision = self.quantizer.precision(self.training)
+        sparse, _ = sparse_attention(q, smooth, v, mask, precision=precision, **blocks)
+        phi_keys = smooth if s.phi_keys == "smoothed" else k
+        linear = linear_attention(q, phi_keys, v, self.linear_weight(mask), feature_map=s.feature_map, **blocks)
+        return self.mixing(sparse, linear, s.block_q)
+
+
+def build(variant: Variant, heads: int, head_dim: int, tokens: int, settings: AttentionSettings) -> nn.Module:
+    """The attention module of a row."""
+    if variant.attention == "full":
+        return FullAttention()
+    return SparseLinearAttention(variant, heads, head_dim, tokens, settings)

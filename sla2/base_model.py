@@ -1,0 +1,132 @@
+"""Step base_model: a given diffusers Wan folder or hub id, checked and hashed, or a small Wan trained from scratch.
+
+Either way the result is loaded by `WanPipeline.from_pretrained`, and latents and text embeddings are encoded once.
+
+    python -m sla2.base_model --settings JSON --data results/S/data --output results/S/base_model
+"""
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+from sla2.errors import UserError, run_main
+from sla2.files import settings_hash, sha256_file, sha256_folder, write_folder, write_json
+from sla2.progress import say
+from sla2.record import write_provenance
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--settings", type=json.loads, required=True, help="config section base_model, and video, as JSON"
+    )
+    parser.add_argument("--data", type=Path, required=True, help="folder of the data step")
+    parser.add_argument("--output", type=Path, required=True)
+    args = parser.parse_args()
+    settings, output = args.settings, args.output
+
+    from sla2.data import Clips
+    from sla2.device import claim_device
+    from sla2.latents import Latents, encode
+    from sla2.small_wan import build_pipeline, train_transformer, train_vae
+    from sla2.training import Log
+    from sla2.wan import load_pipeline, load_transformer_config
+
+    device = claim_device(settings)
+    splits = {name: Clips(args.data / f"{name}.jsonl", settings["video"]) for name in ("train", "heldout")}
+    identity = settings_hash({"settings": settings, "data": sha256_folder(args.data, "*.jsonl")})
+    work, log = output / f".work-{identity}", Log()
+    latents = output / f"latents-{identity}"
+
+    def encode_splits(pipeline) -> dict[str, Latents]:
+        pipeline.vae.to(device)
+        pipeline.text_encoder.to(device)
+        for name, clips in splits.items():
+            if len(clips):
+                encode(pipeline, clips, latents / name, settings["text_length"], device)
+        return {name: Latents(latents / name) for name, clips in splits.items() if len(clips)}
+
+    place, revision = settings["pretrained"], settings["revision"]
+    if place is None:
+        place = str(output / "pipeline")
+        if not (work / "done").is_file():
+            pipeline = build_pipeline(settings, splits["train"].captions)
+            train_vae(pipeline.vae, splits["train"], settings, device, work, log)
+            data = encode_splits(pipeline)
+            train_transformer(pipeline, data["train"], data["heldout"], settings, device, work, log)
+            write_folder(place, lambda folder: pipeline.to("cpu").save_pretrained(folder))
+    else:
+        encode_splits(load_pipeline(place, revision, transformer=None))
+    config = load_transformer_config(place, revision)
+    write_json(output / "base_model.json", describe(settings, place, revision, config, latents.name))
+    log.write(output / "log.csv")
+    write_provenance(output / "base_model.json", settings)
+    shutil.rmtree(work, ignore_errors=True)
+    for stale in output.glob("latents-*"):
+        if stale != latents:
+            shutil.rmtree(stale, ignore_errors=True)
+    say(f"base_model: {place}")
+
+
+def describe(settings: dict, place: str, revision: str | None, config: dict, latents: str) -> dict:
+    """Content of `base_model.json`; keys as `sla2.wan.BaseModel`."""
+    from sla2.wan import vae_factors
+
+    video = settings["video"]
+    temporal, spatial = vae_factors(place, revision)
+    patch = config["patch_size"]
+    grid = [
+        ((video["frames"] - 1) // temporal + 1) // patch[0],
+        video["height"] // spatial // patch[1],
+        video["width"] // spatial // patch[2],
+    ]
+    local = Path(place)
+    return {
+        "pipeline": local.name if settings["pretrained"] is None else place,
+        "revision": revision,
+        "weights_sha256": weights_hash(place, revision),
+        "parameters": count_parameters(config),
+        "tokens": grid[0] * grid[1] * grid[2],
+        "grid": grid,
+        "layers": config["num_layers"],
+        "heads": config["num_attention_heads"],
+        "head_dim": config["attention_head_dim"],
+        **{key: video[key] for key in ("frames", "height", "width", "fps")},
+        "text_length": settings["text_length"],
+        "flow_shift": settings["flow_shift"],
+        "latents": latents,
+    }
+
+
+def count_parameters(config: dict) -> int:
+    """Parameters of the transformer, counted on the meta device."""
+    import torch
+    from diffusers import WanTransformer3DModel
+
+    with torch.device("meta"):
+        model = WanTransformer3DModel.from_config(config)
+    return sum(p.numel() for p in model.parameters())
+
+
+def weights_hash(place: str, revision: str | None) -> str:
+    """Hash of the transformer's weight files, in the folder or in the hub's local cache.
+
+    Raises:
+        UserError: when there are none.
+    """
+    folder = Path(place) / "transformer"
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
+        folder = Path(snapshot_download(place, revision=revision, allow_patterns=["transformer/*"])) / "transformer"
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise UserError(f"base_model.pretrained: {folder} holds no .safetensors file; give a diffusers Wan folder")
+    if len(files) == 1:
+        return sha256_file(files[0])
+    return sha256_folder(folder, "*.safetensors")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,136 @@
+"""Step stage2: the whole model and alpha are fine-tuned end to end, router frozen, hard choice, QAT where the row says so.
+
+The low-bit forward in training is what inference runs; its backward is full precision. Weights stay fp32; on a GPU the forward
+runs under bf16 autocast.
+
+    python -m sla2.stage2 --settings JSON --base .../base_model.json [--adapter .../stage1/GROUP] --output .../stage2/VARIANT/seed0
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from sla2.attention import AttentionSettings
+from sla2.checkpoint import Checkpoint
+from sla2.device import claim_device
+from sla2.errors import run_main
+from sla2.files import write_folder
+from sla2.flow import generator
+from sla2.latents import Latents
+from sla2.record import write_provenance
+from sla2.small_wan import flow_loss, heldout_loss, to
+from sla2.training import Log, batches, train
+from sla2.variant import Variant
+from sla2.wan import BaseModel, adapter_state, install, load_adapter, load_transformer, save_adapter
+
+
+def choose_trainable(transformer: nn.Module, trainable: str) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Freeze what does not learn; returns the model's and the mixing's parameters that do.
+
+    Args:
+        trainable: `all`, `attention` (self-attention projections) or `adapter` (alpha or projection only).
+    """
+    model, mixing = [], []
+    for name, parameter in transformer.named_parameters():
+        if ".processor." in name:
+            learns = ".mixing." in name
+            mixing += [parameter] if learns else []
+        else:
+            learns = trainable == "all" or (trainable == "attention" and ".attn1." in name)
+            model += [parameter] if learns else []
+        parameter.requires_grad_(learns)
+    return model, mixing
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--settings",
+        type=json.loads,
+        required=True,
+        help="config section stage2, variant, train_seed, attention, as JSON",
+    )
+    parser.add_argument("--base", type=Path, required=True, help="base_model.json")
+    parser.add_argument("--adapter", type=Path, help="folder of the row's stage-1 run")
+    parser.add_argument("--output", type=Path, required=True)
+    args = parser.parse_args()
+    settings, base, variant = args.settings, BaseModel.read(args.base), Variant.from_row(args.settings["variant"])
+    attention = AttentionSettings(**settings["attention"])
+    device = claim_device(settings)
+    seeds = (settings["seed"], settings["train_seed"])
+
+    transformer = load_transformer(base)
+    install(transformer, variant, attention, base.tokens)
+    if args.adapter:
+        load_adapter(args.adapter, transformer, base)
+    transformer.to(device).train()
+    if settings["gradient_checkpointing"]:
+        transformer.enable_gradient_checkpointing()
+    model, mixing = choose_trainable(transformer, settings["trainable"])
+    groups = [
+        {"params": model, "lr": settings["lr"], "weight_decay": settings["weight_decay"]},
+        {"params": mixing, "lr": settings["lr_mixing"], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], betas=(0.9, 0.999))
+    data, heldout = Latents(Path(base.latents) / "train"), Latents(Path(base.latents) / "heldout")
+    order = batches(len(data), settings["batch"], sum(seed * 7919**i for i, seed in enumerate(seeds)))
+    empty = data.empty_text.to(device)
+    teacher = None
+    if settings["loss"] == "distill":
+        teacher = load_transformer(base).to(device).eval().requires_grad_(False)
+    log = Log()
+
+    def loss(step: int) -> Tensor:
+        draw = generator(*seeds, 6, step)
+        latents, text = to(device, data.batch(order(step)))
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            return flow_loss(
+                transformer, latents, text, empty, base.flow_shift, draw, settings["caption_dropout"], teacher
+            )
+
+    def validate(step: int) -> None:
+        log.add(step, "stage2", "heldout", "loss", heldout_loss(transformer, heldout, base.flow_shift, device))
+
+    identity = {"settings": settings, "base": base.weights_sha256, "adapter": str(args.adapter)}
+    checkpoint = Checkpoint(args.output / ".checkpoint", "stage2", identity, settings["checkpoint_every"])
+    train(
+        "stage2",
+        f"stage2 {variant.variant} seed {settings['train_seed']}",
+        transformer,
+        optimizer,
+        loss,
+        settings["steps"],
+        checkpoint,
+        log,
+        warmup=settings["warmup"],
+        clip=settings["clip"],
+        ema=settings["ema"],
+        validate=validate,
+        validate_every=settings["validate_every"],
+    )
+    log.add(
+        settings["steps"],
+        "stage2",
+        "heldout",
+        "loss_average",
+        heldout_loss(transformer, heldout, base.flow_shift, device),
+    )
+    state = adapter_state(transformer)
+    write_folder(args.output / "transformer", lambda folder: save_transformer(transformer, folder))
+    log.write(args.output / "log.csv")
+    write_provenance(args.output / "adapter.safetensors", settings, base_sha256=base.weights_sha256)
+    save_adapter(args.output, state, variant, attention, base)
+    checkpoint.remove()
+
+
+def save_transformer(transformer: nn.Module, folder: Path) -> None:
+    """An ordinary diffusers folder: the variant's own parameters are left out, they are the adapter."""
+    state = {name: tensor for name, tensor in transformer.state_dict().items() if ".processor." not in name}
+    transformer.save_pretrained(folder, state_dict=state)
+
+
+if __name__ == "__main__":
+    run_main(main)

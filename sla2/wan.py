@@ -1,0 +1,298 @@
+"""Wan2.1 in diffusers: our attention in its self-attention layers, adapters, and loading.
+
+Only `attn1` is replaced, never cross-attention. A processor is a module, one instance per block, set on a plain
+`WanTransformer3DModel`, so checkpointing, `torch.compile` and LoRA work as before. What a variant adds (router, alpha,
+projection) is saved as `adapter.safetensors` with `adapter.json` beside an ordinary diffusers folder.
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from sla2.attention import AttentionSettings, build
+from sla2.errors import UserError
+from sla2.files import atomic_path, read_json, write_json
+from sla2.variant import Variant
+
+ADAPTER_VERSION = 1
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """What `base_model.json` says.
+
+    Args:
+        pipeline: folder or hub id for `WanPipeline.from_pretrained`; a relative folder is relative to the JSON file.
+        weights_sha256: hash of the transformer's weight files.
+        tokens: N of the study's videos; grid: (frames, rows, columns) of tokens.
+        latents: folder with the cached latents and text embeddings.
+    """
+
+    pipeline: str
+    revision: str | None
+    weights_sha256: str
+    parameters: int
+    tokens: int
+    grid: tuple[int, int, int]
+    layers: int
+    heads: int
+    head_dim: int
+    frames: int
+    height: int
+    width: int
+    fps: float
+    text_length: int
+    flow_shift: float
+    latents: str
+
+    @classmethod
+    def read(cls, path: str | Path) -> "BaseModel":
+        """Read the JSON file.
+
+        Raises:
+            UserError: when it is missing or lacks a key.
+        """
+        path = Path(path)
+        values = read_json(path)
+        missing = [field.name for field in fields(cls) if field.name not in values]
+        if missing:
+            raise UserError(f"{path}: lacks {', '.join(missing)}; run the base_model step again")
+        values = {field.name: values[field.name] for field in fields(cls)}
+        beside = path.parent / values["pipeline"]
+        if beside.is_dir():
+            values["pipeline"] = str(beside)
+        values["latents"] = str(path.parent / values["latents"])
+        return cls(**{**values, "grid": tuple(values["grid"])})
+
+
+class AttentionProcessor(nn.Module):
+    """Wan's self-attention around an attention module that takes (B, H, N, D).
+
+    Args:
+        attention: maps q, k, v, all (B, H, N, D), to the output of that shape.
+    """
+
+    _attention_backend = None  # read by diffusers when a backend is chosen for the whole model
+    _parallel_config = None
+
+    def __init__(self, attention: nn.Module) -> None:
+        super().__init__()
+        self.attention = attention
+
+    def forward(
+        self,
+        attn: nn.Module,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """Project, normalise, rotate, attend and project back; hidden states (B, N, H * D)."""
+        if encoder_hidden_states is not None or attention_mask is not None:
+            raise ValueError("this processor serves unmasked self-attention only; set it on block.attn1, not on attn2")
+        if self._parallel_config is not None:
+            raise ValueError("context parallelism would route on a part of the tokens; disable it for this model")
+        if attn.fused_projections:
+            q, k, v = attn.to_qkv(hidden_states).chunk(3, dim=-1)
+        else:
+            q, k, v = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
+        q, k = attn.norm_q(q), attn.norm_k(k)  # over all heads together, before they are split
+        q, k, v = (x.unflatten(2, (attn.heads, -1)) for x in (q, k, v))  # (B, N, H, D)
+        if rotary_emb is not None:
+            q, k = rotate(q, *rotary_emb), rotate(k, *rotary_emb)
+        q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))  # (B, H, N, D)
+        out = self.attention(q, k, v).transpose(1, 2).flatten(2, 3).type_as(hidden_states)
+        return attn.to_out[1](attn.to_out[0](out))
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of (B, N, H, D) by pairs of neighbouring channels; cos and sin (1, N, 1, D), each value twice."""
+    pairs = x.unflatten(-1, (-1, 2))
+    even, odd = pairs[..., 0], pairs[..., 1]
+    c, s = cos[..., 0::2], sin[..., 1::2]
+    return torch.stack((even * c - odd * s, even * s + odd * c), dim=-1).flatten(-2).type_as(x)
+
+
+def self_attentions(transformer: nn.Module) -> list[nn.Module]:
+    """The self-attention of every block, in order."""
+    return [block.attn1 for block in transformer.blocks]
+
+
+def install(transformer: nn.Module, variant: Variant, settings: AttentionSettings, tokens: int) -> None:
+    """Put a row's attention into every block, for good; a row with full attention keeps diffusers' own.
+
+    Args:
+        tokens: N that alpha is laid out for.
+    """
+    if variant.attention == "full":
+        return
+    for attn in self_attentions(transformer):
+        head_dim = attn.inner_dim // attn.heads
+        module = build(variant, attn.heads, head_dim, tokens, settings)
+        attn.set_processor(AttentionProcessor(module.to(attn.to_q.weight.device)))
+
+
+@contextmanager
+def installed(transformer: nn.Module, attentions: list[nn.Module]) -> Iterator[None]:
+    """Run blocks with these attention modules, one per block; the former processors come back, also after an exception."""
+    layers = self_attentions(transformer)
+    former = [attn.processor for attn in layers]
+    try:
+        for attn, module in zip(layers, attentions, strict=True):
+            attn.set_processor(AttentionProcessor(module))
+        yield
+    finally:
+        for attn, processor in zip(layers, former, strict=True):
+            attn.set_processor(processor)
+
+
+class _Capture(nn.Module):
+    """Dense attention that keeps what went in and came out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: dict[str, Tensor] = {}
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = F.scaled_dot_product_attention(q, k, v)
+        self.seen = {"q": q.detach(), "k": k.detach(), "v": v.detach(), "o": out.detach()}
+        return out
+
+
+@contextmanager
+def capture_qkv(transformer: nn.Module) -> Iterator[list[dict[str, Tensor]]]:
+    """Run the model densely and keep q, k, v and the output o of each layer, all (B, H, N, D).
+
+    Yields:
+        A list that holds one dict per layer once the block is left; read it after one forward.
+    """
+    captures = [_Capture() for _ in self_attentions(transformer)]
+    found: list[dict[str, Tensor]] = []
+    with installed(transformer, captures):
+        yield found
+    found.extend(capture.seen for capture in captures)
+
+
+def adapter_state(transformer: nn.Module) -> dict[str, Tensor]:
+    """Parameters that a variant adds, by their name in the model's state dict."""
+    return {name: tensor for name, tensor in transformer.state_dict().items() if ".processor." in name}
+
+
+def save_adapter(
+    folder: str | Path, state: dict[str, Tensor], variant: Variant, settings: AttentionSettings, base: BaseModel
+) -> None:
+    """Write `adapter.safetensors` and `adapter.json` (version, row, attention settings, hash of the base model)."""
+    folder = Path(folder)
+    description = {
+        "version": ADAPTER_VERSION,
+        "variant": variant.row(),
+        "attention": asdict(settings),
+        "base_sha256": base.weights_sha256,
+        "tokens": base.tokens,
+    }
+    with atomic_path(folder / "adapter.safetensors") as temporary:
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+        save_file(tensors, temporary, metadata={"sla2": json.dumps(description)})
+    write_json(folder / "adapter.json", description)
+
+
+def load_adapter(folder: str | Path, transformer: nn.Module, base: BaseModel) -> None:
+    """Load an adapter into a model whose attention is installed.
+
+    Raises:
+        UserError: for another base model, another version, and missing, unexpected or mis-shaped keys, by name.
+    """
+    folder = Path(folder)
+    description = read_json(folder / "adapter.json")
+    if description.get("version") != ADAPTER_VERSION:
+        raise UserError(
+            f"{folder}/adapter.json: version {description.get('version')}, this code reads {ADAPTER_VERSION}"
+        )
+    if description["base_sha256"] != base.weights_sha256:
+        raise UserError(f"{folder}: made for another base model; train it again on {base.pipeline}")
+    state = load_file(folder / "adapter.safetensors")
+    expected = adapter_state(transformer)
+    problems = [f"missing {name}" for name in expected.keys() - state.keys()]
+    problems += [f"unexpected {name}" for name in state.keys() - expected.keys()]
+    problems += [
+        f"{name} is {tuple(state[name].shape)}, the model has {tuple(expected[name].shape)}"
+        for name in expected.keys() & state.keys()
+        if state[name].shape != expected[name].shape
+    ]
+    if problems:
+        raise UserError(f"{folder}/adapter.safetensors: {'; '.join(sorted(problems)[:4])} ({len(problems)} in all)")
+    transformer.load_state_dict(state, strict=False)
+
+
+def load_transformer(
+    base: BaseModel, trained: str | Path | None = None, dtype: torch.dtype = torch.float32
+) -> nn.Module:
+    """The base model's transformer, or the fine-tuned one of a stage-2 folder; attention is still diffusers' own.
+
+    Raises:
+        UserError: when the folder or hub id cannot be loaded.
+    """
+    from diffusers import WanTransformer3DModel
+
+    if trained is not None and (Path(trained) / "transformer").is_dir():
+        return _from_pretrained(WanTransformer3DModel, str(Path(trained) / "transformer"), torch_dtype=dtype)
+    return _from_pretrained(
+        WanTransformer3DModel, base.pipeline, subfolder="transformer", revision=base.revision, torch_dtype=dtype
+    )
+
+
+def load_transformer_config(place: str, revision: str | None) -> dict:
+    """Configuration of a pipeline's transformer."""
+    from diffusers import WanTransformer3DModel
+
+    return _loaded(WanTransformer3DModel.load_config, place, subfolder="transformer", revision=revision)
+
+
+def vae_factors(place: str, revision: str | None) -> tuple[int, int]:
+    """Temporal and spatial compression of a pipeline's VAE."""
+    from diffusers import AutoencoderKLWan
+
+    config = _loaded(AutoencoderKLWan.load_config, place, subfolder="vae", revision=revision)
+    return config.get("scale_factor_temporal", 4), config.get("scale_factor_spatial", 8)
+
+
+def load_pipeline(place: str, revision: str | None, dtype: torch.dtype = torch.float32, **components: object):
+    """`WanPipeline.from_pretrained` of a folder or hub id, the VAE in fp32; `components` replace parts, None leaves one out."""
+    from diffusers import AutoencoderKLWan, WanPipeline
+
+    vae = _from_pretrained(AutoencoderKLWan, place, subfolder="vae", revision=revision)
+    return _from_pretrained(WanPipeline, place, revision=revision, torch_dtype=dtype, vae=vae, **components)
+
+
+def _from_pretrained(kind: type, place: str, **options: object):
+    return _loaded(kind.from_pretrained, place, use_safetensors=True, **options)
+
+
+def _loaded(load, place: str, **options: object):
+    try:
+        return load(place, **options)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"base_model.pretrained: {place}: not a diffusers Wan folder or hub id ({reason})") from error
+
+
+def load_variant(
+    base: BaseModel,
+    variant: Variant,
+    settings: AttentionSettings,
+    trained: str | Path | None,
+    dtype: torch.dtype = torch.float32,
+) -> nn.Module:
+    """The transformer of a row: weights of `trained` (else the base's), attention installed, adapter loaded, eval mode."""
+    transformer = load_transformer(base, trained, dtype)
+    install(transformer, variant, settings, base.tokens)
+    if trained is not None and variant.attention != "full":
+        load_adapter(trained, transformer, base)
+    return transformer.eval()

@@ -1,0 +1,122 @@
+"""The checked study, and the files of each variant. What an `include`d rule names, it finds here."""
+
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+
+from sla2.config import as_argument, check_study
+from sla2.config_checks import check_paths
+from sla2.errors import UserError
+from sla2.variant import BASE, Variant
+
+# Jobs call `python`: the one that runs Snakemake, also where its environment is not activated.
+os.environ.update(PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
+
+try:
+    study = check_study(config, workflow.overwrite_configfiles or workflow.configfiles)
+except UserError as error:
+    raise SystemExit(f"error: {error}")
+config.update(study.config)
+
+
+onstart:
+    # Not on a dry run, which needs neither weights nor videos.
+    try:
+        check_paths(study)
+    except UserError as error:
+        raise SystemExit(f"error: {error}")
+
+
+onerror:
+    print(
+        f"\nfailed: the log of each job is under results/{study.config['study']}/logs; finished work is kept, the same command resumes",
+        file=sys.stderr,
+    )
+
+
+pathvars:
+    results=f"results/{study.config['study']}",
+    logs=f"results/{study.config['study']}/logs",
+
+
+VIDEO = study.config["data"]["video"]
+ATTENTION = study.config["attention"]
+ROWS = {name: row.row() for name, row in study.variants.items()}
+RUNS = [(name, seed) for name in study.variants for seed in study.training_seeds(name)]
+GROUPS = {row.stage1_group: row for row in study.variants.values() if row.stage1_group}
+TABLES = expand(
+    "<results>/tables/{table}",
+    table=[
+        f"{name}.csv" for name in ("quality", "fidelity", "attention", "efficiency", "training", "ablation", "variants")
+    ]
+    + ["study.json", "provenance.json"],
+)
+PLOTS = [
+    "quality_sparsity",
+    "ablation_bars",
+    "paired_differences",
+    "pareto",
+    "attention_error_by_layer",
+    "training_curves",
+]
+FIGURES = expand("<results>/figures/{figure}.{kind}", figure=[*PLOTS, "contact_sheet"], kind=["svg", "png"])
+NOTEBOOKS = expand("<results>/notebooks/{notebook}.ipynb", notebook=["quality", "efficiency"])
+EVERY_CORE = workflow.resource_settings.cores or 1  # none is set where a cluster counts jobs
+
+
+wildcard_constraints:
+    variant="|".join(map(re.escape, ROWS)),
+    group="|".join(map(re.escape, GROUPS)) or "none",
+    seed="[0-9]+",
+    figure="|".join(PLOTS),
+
+
+def settings(step, **extra):
+    """Settings of a job as JSON: a changed value reruns the job, a changed comment does not."""
+    return as_argument(study.section(step, **extra))
+
+
+def gpus(step):
+    """GPUs that a job of a step takes: one, unless it computes on the CPU."""
+    device = study.section(step)["device"]
+    return int(device == "cuda" or (device == "auto" and shutil.which("nvidia-smi") is not None))
+
+
+def captions():
+    """Captions of a user's folder, so that a changed one reruns the data; none for procedural clips, or before the folder is there."""
+    folder = study.config["data"]["folder"]
+    return sorted(map(str, Path(folder).glob("captions.[ct]sv"))) if folder else []
+
+
+def group_row(group):
+    """The row that a stage-1 run trains: what the rows that share it have in common, so that renaming one reruns nothing."""
+    row = GROUPS[group]
+    return Variant(group, row.attention, row.router, row.mixing, "none", row.sparsity, False).row()
+
+
+def stage1_adapter(wildcards):
+    group = study.variants[wildcards.variant].stage1_group
+    return [f"<results>/stage1/{group}/adapter.safetensors"] if group else []
+
+
+def trained_adapters(variant, seeds):
+    """Adapters that a row runs with: of stage 2, of stage 1 where it is not fine-tuned, or none."""
+    row = study.variants[variant]
+    if row.finetune:
+        return [f"<results>/stage2/{variant}/seed{seed}/adapter.safetensors" for seed in seeds]
+    return [f"<results>/stage1/{row.stage1_group}/adapter.safetensors"] if row.stage1_group else []
+
+
+def manifests(variant):
+    return [f"<results>/generate/{variant}/seed{seed}/manifest.jsonl" for name, seed in RUNS if name == variant]
+
+
+def folders(files):
+    return " ".join(str(Path(file).parent) for file in files)
+
+
+def folder_option(option, files):
+    """`--option folder ...` for the folders of some files, or nothing without any."""
+    return f"{option} {folders(files)}" if files else ""

@@ -1,0 +1,20 @@
+rule latency:
+    """Attention and denoising step are timed for all variants in one process, which takes every core, once nothing else is left to run."""
+    input:
+        base=rules.base_model.output.base,
+    output:
+        "<results>/latency/latency.csv",
+    log:
+        "<logs>/latency.log",
+    # Last of all and beside nothing: every other job comes first, and it takes every core.
+    priority: -1
+    conda:
+        "../envs/sla2.yaml"
+    threads: EVERY_CORE
+    resources:
+        gpu=gpus("latency"),
+    params:
+        settings=settings("latency", attention=ATTENTION, variants=list(ROWS.values())),
+    shell:
+        "( python -m sla2_eval.latency --settings {params.settings:q} --base {input.base} --output {output} )"
+        " 2>&1 | tee {log}"

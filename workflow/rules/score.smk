@@ -1,0 +1,50 @@
+rule judge:
+    """An open_clip is trained on clips that nothing else sees; it reads colour, shape and direction off a video."""
+    input:
+        data=rules.data.output.summary,
+    output:
+        directory("<results>/score/judge"),
+    log:
+        "<logs>/score/judge.log",
+    conda:
+        "../envs/sla2.yaml"
+    threads: study.config["threads"]
+    resources:
+        gpu=gpus("score"),
+    params:
+        settings=settings("score.judge", video=VIDEO),
+        data=subpath(input.data, parent=True),
+    shell:
+        "( python -m sla2_eval.judge --settings {params.settings:q} --data {params.data} --output {output} )"
+        " 2>&1 | tee {log}"
+
+
+rule score:
+    """Quality, fidelity to the untouched base model's videos of the same noise, and attention error of one variant."""
+    input:
+        base=rules.base_model.output.base,
+        data=rules.data.output.summary,
+        videos=lambda w: manifests(w.variant),
+        reference=manifests(BASE),
+        adapters=lambda w: trained_adapters(w.variant, study.training_seeds(w.variant)),
+        judge=rules.judge.output,
+        prompts=study.config["prompts"],
+    output:
+        "<results>/score/{variant}.csv",
+    log:
+        "<logs>/score/{variant}.log",
+    conda:
+        "../envs/sla2.yaml"
+    threads: study.config["threads"]
+    resources:
+        gpu=gpus("score"),
+    params:
+        settings=lambda w: settings("score", variant=ROWS[w.variant], attention=ATTENTION, video=VIDEO),
+        data=subpath(input.data, parent=True),
+        videos=lambda w, input: folders(input.videos),
+        reference=lambda w, input: folders(input.reference),
+        trained=lambda w, input: folder_option("--trained", input.adapters),
+    shell:
+        "( python -m sla2_eval.score --settings {params.settings:q} --data {params.data} --base {input.base}"
+        " --videos {params.videos} --reference {params.reference} {params.trained} --judge {input.judge}"
+        " --prompts {input.prompts} --output {output} ) 2>&1 | tee {log}"
