@@ -39,6 +39,15 @@ rule figures:
         FIGURES,
 
 
+for step, outputs in EVERY.items():
+
+    rule:
+        name:
+            f"all_{step}"
+        input:
+            outputs,
+
+
 include: "workflow/rules/data.smk"
 include: "workflow/rules/base_model.smk"
 include: "workflow/rules/stage1.smk"

@@ -70,7 +70,7 @@ def build_pipeline(settings: dict, captions: list[str]):
         scale_factor_temporal=2 ** sum(v["temporal_downsample"]),
     )
     transformer = WanTransformer3DModel(
-        patch_size=tuple(w["patch_size"]),
+        patch_size=(1, 2, 2),
         num_attention_heads=w["heads"],
         attention_head_dim=w["head_dim"],
         in_channels=v["z_dim"],

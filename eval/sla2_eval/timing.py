@@ -1,5 +1,6 @@
 """Timing that can be compared: one process, warm-up, interleaved repeats, CUDA events on a GPU."""
 
+import os
 import subprocess
 import time
 from collections.abc import Callable
@@ -13,15 +14,17 @@ PERCENTILES = (20, 50, 80)
 BUSY_PERCENT = 10  # utilisation above which someone else is at work on an otherwise idle GPU
 
 
-def refuse_shared_gpu(index: str = "0") -> None:
-    """Stop when another process uses the GPU; call it before this process touches CUDA.
-
-    Args:
-        index: GPU index or UUID, as in CUDA_VISIBLE_DEVICES.
+def refuse_shared_gpu(device: torch.device) -> None:
+    """Stop when another process uses the GPU; call it before this process touches CUDA. A CPU passes.
 
     Raises:
         UserError: naming the processes, or the utilisation where a container hides them.
     """
+    if device.type != "cuda":
+        return
+    index = str(device.index or 0)
+    if os.environ.get("CUDA_VISIBLE_DEVICES"):
+        index = os.environ["CUDA_VISIBLE_DEVICES"].split(",")[int(index)].strip()
     processes = _query("--query-compute-apps=pid,process_name,used_memory", index)
     if processes:
         raise UserError(f"GPU {index}: used by {'; '.join(processes)}; latency needs the whole GPU, wait or stop them")
@@ -39,7 +42,11 @@ def _query(what: str, index: str, *options: str) -> list[str]:
 
 
 def interleaved_ms(
-    functions: dict[str, Callable[[], object]], warmup: int, repeats: int, device: torch.device
+    functions: dict[str, Callable[[], object]],
+    warmup: int,
+    repeats: int,
+    device: torch.device,
+    prepare: Callable[[str], None] = lambda name: None,
 ) -> dict[str, list[float]]:
     """Milliseconds of every call of every function.
 
@@ -50,10 +57,12 @@ def interleaved_ms(
         warmup: rounds that are not kept.
         repeats: rounds that are kept.
         device: where the functions work; on CUDA each call is timed by events and ended by a synchronisation.
+        prepare: called with the name before each call, outside the timed region.
     """
     times: dict[str, list[float]] = {name: [] for name in functions}
     for number in range(warmup + repeats):
         for name, function in functions.items():
+            prepare(name)
             elapsed = _call_ms(function, device)
             if number >= warmup:
                 times[name].append(elapsed)

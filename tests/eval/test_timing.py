@@ -35,10 +35,25 @@ def test_percentiles() -> None:
 def test_refuses_a_gpu_in_use(monkeypatch, answers, message) -> None:
     monkeypatch.setattr(timing, "_query", lambda what, index, *options: answers[what.split("=")[0]])
     with pytest.raises(UserError, match=message):
-        timing.refuse_shared_gpu("0")
+        timing.refuse_shared_gpu(torch.device("cuda", 0))
 
 
 def test_accepts_a_free_gpu(monkeypatch) -> None:
     answers = {"--query-compute-apps": [], "--query-gpu": ["0"]}
     monkeypatch.setattr(timing, "_query", lambda what, index, *options: answers[what.split("=")[0]])
-    timing.refuse_shared_gpu("0")
+    timing.refuse_shared_gpu(torch.device("cuda", 0))
+
+
+def test_visible_devices_name_the_gpu_that_is_asked(monkeypatch) -> None:
+    asked = []
+
+    def query(what, index, *options):
+        asked.append(index)
+        return ["0"] if "gpu=" in what else []
+
+    monkeypatch.setattr(timing, "_query", query)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    timing.refuse_shared_gpu(torch.device("cuda", 1))
+    assert set(asked) == {"5"}
+    timing.refuse_shared_gpu(torch.device("cpu"))
+    assert len(asked) == 2

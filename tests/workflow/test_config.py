@@ -60,7 +60,7 @@ IMPOSSIBLE = [
     # edits, key named, further words: the value or its cause, and the remedy
     ({"attention.block_q": 1000}, "attention.block_q", ["1000", "576 tokens", "smaller"]),
     ({"attention.block_k": 577}, "attention.block_k", ["577", "576 tokens", "smaller"]),
-    ({"attention.block_k": 64}, "attention.block_k", ["9 key blocks", "sla2-97", "keeps zero", "smaller"]),
+    ({"attention.block_k": 64}, "attention.block_k", ["9 key blocks", "sla-95", "keeps zero", "smaller"]),
     ({"attention.block_k": 300, "variants.rows": ["base", "full", "sla2-85"]}, "attention.block_k", ["keeps zero"]),
     ({"attention.block_q": 24, "device": "cuda"}, "attention.block_q", ["24", "triton", "power of two"]),
     ({"attention.block_k": 8, "device": "cuda"}, "attention.block_k", ["8", "triton", "16 or more"]),

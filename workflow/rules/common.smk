@@ -63,6 +63,16 @@ PLOTS = [
 ]
 FIGURES = expand("<results>/figures/{figure}.{kind}", figure=[*PLOTS, "contact_sheet"], kind=["svg", "png"])
 NOTEBOOKS = expand("<results>/notebooks/{notebook}.ipynb", notebook=["quality", "efficiency"])
+EVERY = {
+    "stage1": [f"<results>/stage1/{group}/adapter.safetensors" for group in GROUPS],
+    "stage2": [
+        f"<results>/stage2/{name}/seed{seed}/adapter.safetensors"
+        for name, seed in RUNS
+        if study.variants[name].finetune
+    ],
+    "generate": [f"<results>/generate/{name}/seed{seed}/manifest.jsonl" for name, seed in RUNS],
+    "score": [f"<results>/score/{name}.csv" for name in ROWS],
+}
 EVERY_CORE = workflow.resource_settings.cores or 1  # none is set where a cluster counts jobs
 
 

@@ -1,0 +1,101 @@
+"""Attention error of a variant, layer by layer, against dense attention on the same Q, K, V.
+
+The untouched base model runs densely on noised held-out latents; each layer's Q, K, V and dense output go to the variant's own
+attention with its trained router and mixing. So every variant is measured on the same inputs, and an error is the
+attention's alone, not the drift of the layers before it.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from sla2_kernels import reference
+from torch import Tensor, nn
+
+from sla2.attention import AttentionSettings, SparseLinearAttention
+from sla2.flow import generator, noisy
+from sla2.latents import Latents
+from sla2.small_wan import predict
+from sla2.variant import Variant
+from sla2.wan import BaseModel, capture_qkv, install, load_adapter, self_attentions
+from sla2_eval.flops import realised_sparsity
+from sla2_eval.metrics.attention import attention_error
+
+NOISE_STREAM = 6  # of `sla2.flow.generator`; streams below it belong to training
+
+
+def attention_errors(
+    transformer: nn.Module, base: BaseModel, variant: Variant, attention: AttentionSettings, trained: Path | None, settings: dict
+) -> dict[tuple[int, str], float]:
+    """Mean errors over held-out clips and noise levels.
+
+    Args:
+        transformer: the base model, untouched; it is so again afterwards.
+        trained: folder of the variant's adapter; None for a fresh one.
+        settings: config section `score`; `attention_clips` and `attention_sigmas` are read.
+
+    Returns:
+        Value by (layer, metric). Rows with full attention have nothing to compare and get an empty answer.
+    """
+    if variant.attention == "full":
+        return {}
+    layers = self_attentions(transformer)
+    former = [layer.processor for layer in layers]
+    try:
+        install(transformer, variant, attention, base.tokens)
+        if trained is not None:
+            load_adapter(trained, transformer, base)
+        modules = [layer.processor.attention.eval() for layer in layers]
+        sums: dict[tuple[int, str], float] = {}
+        samples = 0
+        for captured in captures(transformer, base, settings):
+            samples += 1
+            for layer, (module, seen) in enumerate(zip(modules, captured, strict=True)):
+                for metric, value in layer_errors(module, **seen).items():
+                    sums[layer, metric] = sums.get((layer, metric), 0.0) + value
+        return {key: total / samples for key, total in sums.items()}
+    finally:
+        for layer, processor in zip(layers, former, strict=True):
+            layer.set_processor(processor)
+
+
+def captures(transformer: nn.Module, base: BaseModel, settings: dict) -> Iterator[list[dict[str, Tensor]]]:
+    """q, k, v and dense output o of every layer, (1, H, N, D), for each held-out clip at each noise level."""
+    heldout = Latents(Path(base.latents) / "heldout")
+    device = next(transformer.parameters()).device
+    for clip in range(min(settings["attention_clips"], len(heldout))):
+        latents, text = (tensor.to(device) for tensor in heldout.batch([clip]))
+        for number, level in enumerate(settings["attention_sigmas"]):
+            sigma = torch.full((1,), level, device=device)
+            noise = torch.randn(latents.shape, generator=generator(settings["seed"], NOISE_STREAM, clip, number))
+            x, _ = noisy(latents, noise.to(device), sigma)
+            with torch.no_grad(), capture_qkv(transformer) as found:
+                predict(transformer, x, sigma, text)
+            yield found
+
+
+@torch.no_grad()
+def layer_errors(module: SparseLinearAttention, q: Tensor, k: Tensor, v: Tensor, o: Tensor) -> dict[str, float]:
+    """Errors of one layer.
+
+    Cards of what is not in `metrics.attention`:
+        attention.kept_mass: dense softmax mass in the kept blocks, mean over rows of query blocks and heads; [0, 1], up.
+        attention.alpha_error: mean |alpha - kept mass| per head and query block (the oracle alpha is P_1 1, paper section 2.2);
+            [0, 1], down; only where the mixing has an alpha.
+        attention.alpha_mean: mean alpha; neither direction.
+        sparsity.realised: share of query-key pairs that the sparse branch skips, ragged blocks counted by their true length.
+
+    Args:
+        q, k, v, o: (B, H, N, D), o being the dense output.
+    """
+    block_q, block_k = module.settings.block_q, module.settings.block_k
+    mask = module.route(q, k)
+    kept = (reference.block_mass(q, k, block_q, block_k) * mask).sum(-1)  # (B, H, T_m)
+    found = attention_error(module(q, k, v), o)
+    found["attention.kept_mass"] = float(kept.mean())
+    if hasattr(module.mixing, "alpha"):
+        alpha = module.mixing.alpha(kept.shape[-1])
+        found["attention.alpha_error"] = float((alpha - kept).abs().mean())
+        found["attention.alpha_mean"] = float(alpha.mean())
+    found["sparsity.realised"] = realised_sparsity(mask, q.shape[-2], block_q, block_k)
+    return found

@@ -1,0 +1,55 @@
+"""A base model of random weights and random latents: as large as the tests of this folder need, and made in a second."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="session")
+def base_file(tmp_path_factory) -> Path:
+    """`base_model.json` of a two-layer Wan with 5 x 4 x 5 = 100 tokens, with three held-out latents beside it."""
+    from diffusers import WanTransformer3DModel
+    from safetensors.torch import save_file
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("base_model")
+    transformer = WanTransformer3DModel(
+        patch_size=(1, 2, 2),
+        num_attention_heads=2,
+        attention_head_dim=24,
+        in_channels=4,
+        out_channels=4,
+        text_dim=16,
+        freq_dim=16,
+        ffn_dim=32,
+        num_layers=2,
+    )
+    transformer.save_pretrained(folder / "pipeline" / "transformer")
+    latents = folder / "latents" / "heldout"
+    latents.mkdir(parents=True)
+    save_file({"latents": torch.randn(3, 4, 5, 8, 10), "text": torch.randn(3, 6, 16)}, latents / "00000.safetensors")
+    save_file({"text": torch.randn(1, 6, 16)}, latents / "empty.safetensors")
+    (latents / "index.json").write_text(json.dumps({"clips": 3, "shard_clips": 64, "text_length": 6}))
+    description = {
+        "pipeline": "pipeline",
+        "revision": None,
+        "weights_sha256": "0" * 64,
+        "parameters": sum(p.numel() for p in transformer.parameters()),
+        "tokens": 100,
+        "grid": [5, 4, 5],
+        "layers": 2,
+        "heads": 2,
+        "head_dim": 24,
+        "frames": 9,
+        "height": 32,
+        "width": 40,
+        "fps": 8,
+        "text_length": 6,
+        "flow_shift": 3.0,
+        "latents": "latents",
+    }
+    path = folder / "base_model.json"
+    path.write_text(json.dumps(description))
+    return path
