@@ -77,6 +77,11 @@ class SparseLinearAttention(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attend; all (B, H, N, D)."""
+        # Routing and normalisers stay in fp32 in training as at inference, so that both choose the same blocks.
+        with torch.autocast(q.device.type, enabled=False):
+            return self._forward(q, k, v)
+
+    def _forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         s = self.settings
         blocks = {"block_q": s.block_q, "block_k": s.block_k, "backend": s.backend}
         smooth = smooth_keys(k)  # shifts every row of S by a constant, so the softmax branch is unchanged

@@ -49,6 +49,9 @@ def _model(study: Study) -> Failures:
         if entries != halvings:
             key = "base_model.vae.temporal_downsample"
             yield key, f"{entries} entries, but dim_mult halves {halvings} times; give one entry per halving"
+        crop, factor = model["vae"]["crop"], study.geometry.spatial
+        if crop % factor:
+            yield "base_model.vae.crop", f"{crop} px is not a multiple of {factor}, as the VAE needs; choose a multiple"
     if "text_encoder" in model:
         heads, width = model["text_encoder"]["heads"], model["text_encoder"]["d_model"]
         if width % heads:

@@ -24,7 +24,7 @@ def timesteps(sigma: Tensor) -> Tensor:
 
 def generator(*numbers: int) -> torch.Generator:
     """A CPU generator that depends on these numbers only, so that a resumed run draws what an uninterrupted one does."""
-    seed = 0
+    seed = 0  # torch seeds its Mersenne Twister with the low 32 bits only, so every number must reach them
     for number in numbers:
         seed = (seed * 1_000_003 + number + 1) % (2**63)
     return torch.Generator().manual_seed(seed)

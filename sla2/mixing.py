@@ -20,8 +20,8 @@ class AlphaMixing(nn.Module):
         self.logit = nn.Parameter(torch.full((heads, query_blocks), ALPHA_LOGIT))
 
     def alpha(self, query_blocks: int) -> Tensor:
-        """Alpha (H, T_m) in fp32 for a sequence of that many query blocks."""
-        logit = self.logit.float()
+        """Alpha (H, T_m) in the parameter's dtype, fp32, for a sequence of that many query blocks."""
+        logit = self.logit
         if query_blocks != logit.shape[1]:
             logit = F.interpolate(logit[None], size=query_blocks, mode="linear", align_corners=True)[0]
         return torch.sigmoid(logit)
@@ -55,4 +55,4 @@ class ProjectionMixing(nn.Module):
 
     def forward(self, sparse: Tensor, linear: Tensor, block_q: int) -> Tensor:
         """Mix outputs (B, H, N, D) of both branches."""
-        return sparse + self.projection(linear.float()).to(sparse.dtype)
+        return sparse + self.projection(linear.to(self.projection.weight.dtype)).to(sparse.dtype)

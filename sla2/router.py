@@ -27,7 +27,8 @@ class LearnedRouter(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor) -> Tensor:
         """Scores (B, H, T_m, T_n) of pooled queries (B, H, T_m, D) and pooled, smoothed keys (B, H, T_n, D)."""
-        return (q.float() @ self.query.T) @ (k.float() @ self.key.T).transpose(-1, -2)
+        dtype = self.query.dtype
+        return (q.to(dtype) @ self.query.T) @ (k.to(dtype) @ self.key.T).transpose(-1, -2)
 
 
 class MeanPoolRouter(nn.Module):

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sla2.flow import generator
+
 COLORS = {
     "red": (0.88, 0.14, 0.14),
     "green": (0.13, 0.70, 0.22),
@@ -52,7 +54,7 @@ def sample_scene(seed: int, split: str, index: int, choices: dict) -> dict:
         split: train, heldout, judge or judge_heldout; each has its own stream of draws.
         choices: as `SIMPLE`; probabilities in [0, 1], `spread` is the range of the path's offset in frame sides.
     """
-    draw = torch.Generator().manual_seed(((seed * 4 + _SPLITS[split]) << 32) + index)
+    draw = generator(seed, _SPLITS[split], index)
 
     def uniform() -> float:
         return float(torch.rand((), generator=draw, dtype=torch.float64))

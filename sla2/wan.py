@@ -107,7 +107,8 @@ class AttentionProcessor(nn.Module):
         q, k, v = (x.unflatten(2, (attn.heads, -1)) for x in (q, k, v))  # (B, N, H, D)
         if rotary_emb is not None:
             q, k = rotate(q, *rotary_emb), rotate(k, *rotary_emb)
-        q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))  # (B, H, N, D)
+        # Under autocast the norms leave q and k wider than v.
+        q, k, v = (x.transpose(1, 2).to(v.dtype).contiguous() for x in (q, k, v))  # (B, H, N, D)
         out = self.attention(q, k, v).transpose(1, 2).flatten(2, 3).type_as(hidden_states)
         return attn.to_out[1](attn.to_out[0](out))
 

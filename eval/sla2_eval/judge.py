@@ -8,18 +8,26 @@ The trained judge is frozen; forced-choice accuracy per attribute on held-out cl
 reported as not available.
 """
 
+import argparse
+import json
 import random
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional
 
-from sla2.errors import UserError
-from sla2.files import read_json, sha256_file
-from sla2.progress import bar
-from sla2_eval.metrics.text_alignment import StoryboardClip, Vocabulary, swapped
+from sla2 import scenes
+from sla2.data import Clips
+from sla2.device import claim_device
+from sla2.errors import UserError, run_main
+from sla2.files import read_json, sha256_file, write_atomic, write_folder, write_json
+from sla2.progress import bar, say
+from sla2.record import write_provenance
+from sla2_eval.metrics.naturalness import Naturalness
+from sla2_eval.metrics.text_alignment import StoryboardClip, Vocabulary, storyboard, swapped
 
 NAME = "sla2_judge"  # stem of the model config's file, which is open_clip's name for it
 RENDER_BATCH = 64  # clips rendered at once; only their storyboards stay in memory
@@ -57,6 +65,11 @@ def create_clip(config_file: Path, weights: Path | None, device: torch.device) -
     if weights is None:
         return open_clip.create_model(config_file.stem, device=device)
     return open_clip.create_model(config_file.stem, pretrained=str(weights), require_pretrained=True, device=device).eval()
+
+
+def load_naturalness(folder: Path) -> Naturalness:
+    """The NIQE-type model of a folder that `main` wrote."""
+    return Naturalness.from_state(load_file(folder / "naturalness.safetensors"))
 
 
 def load_judge(folder: Path, device: torch.device) -> tuple[StoryboardClip | None, dict]:
@@ -175,3 +188,82 @@ def gate_failure(gates: dict, name: str | None = None) -> str | None:
         if measured < gates["gate"]:
             return f"gate: forced-choice accuracy of {attribute} is {measured:.3f}, below {gates['gate']:g}"
     return None
+
+
+def attributes_of(captions: list[str]) -> dict[str, list[str]]:
+    """Values of colour, shape and direction that these captions name; an attribute with a single value cannot be judged."""
+    words = {"color": list(scenes.COLORS), "shape": list(scenes.SHAPES), "direction": list(scenes.DIRECTIONS)}
+    found = {name: {attribute_values(text, {name: values}).get(name) for text in captions} for name, values in words.items()}
+    used = {name: [value for value in values if value in found[name]] for name, values in words.items()}
+    return {name: values for name, values in used.items() if len(values) > 1}
+
+
+def storyboards(clips: Clips, settings: dict, description: str) -> np.ndarray:
+    """Storyboards (n, h, w, 3) of a split; frames are rendered or decoded in batches and dropped."""
+    layout = (settings["frames"], settings["columns"], settings["frame_size"])
+    boards = []
+    for start in bar(list(range(0, len(clips), RENDER_BATCH)), description):
+        frames = clips.batch(list(range(start, min(start + RENDER_BATCH, len(clips)))))
+        boards += [storyboard(clip, *layout) for clip in frames]
+    return np.stack(boards)
+
+
+def fit_naturalness(clips: Clips, settings: dict) -> Naturalness:
+    """The NIQE-type model of the study's own pristine clips."""
+    count = min(settings["naturalness_clips"], len(clips))
+    return Naturalness(settings["naturalness_patch"]).fit(clips[index].frames for index in range(count))
+
+
+def learn(settings: dict, data: Path, device: torch.device, folder: Path) -> None:
+    """Train, gate and write everything of the judge into a folder."""
+    splits = {name: Clips(data / f"{name}.jsonl", settings["video"]) for name in ("judge", "judge_heldout", "heldout")}
+    gates = {"reason": None, "gate": settings["gate"], "attributes": {}, "weights_sha256": None}
+    gates["storyboard"] = {"frames": settings["frames"], "columns": settings["columns"], "side": settings["frame_size"]}
+    save_file(fit_naturalness(splits["heldout"], settings).state(), folder / "naturalness.safetensors")
+    captions = splits["judge"].captions
+    attributes = attributes_of(captions)
+    if not attributes or not len(splits["judge_heldout"]):
+        gates["reason"] = "the judge split holds no captions of known scenes: nothing to train the judge on"
+        write_json(folder / "gates.json", gates)
+        return
+    torch.manual_seed(settings["seed"])
+    vocabulary = Vocabulary.of(captions)
+    config_file = folder / f"{NAME}.json"
+    write_json(config_file, model_config(settings, vocabulary))
+    write_json(folder / "vocabulary.json", {"words": vocabulary.words, "context_length": vocabulary.context_length})
+    layout = gates["storyboard"]
+    judge = StoryboardClip(create_clip(config_file, None, device).train(), vocabulary, **layout)
+    log = train(judge, storyboards(splits["judge"], settings, "judge: storyboards"), captions, settings, attributes)
+    weights = folder / "judge.safetensors"
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in judge.model.state_dict().items()}, weights)
+    gates["weights_sha256"] = sha256_file(weights)
+    # The gate is measured on the model as scoring loads it, from the files.
+    frozen = StoryboardClip(create_clip(config_file, weights, device), vocabulary, **layout)
+    count = min(settings["gate_clips"], len(splits["judge_heldout"]))
+    boards = storyboards(splits["judge_heldout"], settings, "judge: held-out storyboards")[:count]
+    gates["attributes"] = forced_choice_accuracy(frozen, boards, splits["judge_heldout"].captions[:count], attributes)
+    gates["choices"] = attributes
+    write_json(folder / "gates.json", gates)
+    rows = ["step,phase,split,metric,value", *(f"{row['step']},judge,train,loss,{row['loss']:.6g}" for row in log)]
+    write_atomic(folder / "log.csv", "\n".join(rows) + "\n")
+    for name, gate in gates["attributes"].items():
+        say(f"judge: {name} {gate['accuracy']:.3f} on {gate['clips']} held-out clips, gate {settings['gate']:g}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--settings", type=json.loads, required=True, help="config section score.judge, naturalness, video")
+    parser.add_argument("--data", type=Path, required=True, help="folder of the data step")
+    parser.add_argument("--output", type=Path, required=True)
+    args = parser.parse_args()
+    device = claim_device(args.settings)
+
+    def fill(folder: Path) -> None:
+        learn(args.settings, args.data, device, folder)
+        write_provenance(folder / "gates.json", args.settings)
+
+    write_folder(args.output, fill)
+
+
+if __name__ == "__main__":
+    run_main(main)

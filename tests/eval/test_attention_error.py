@@ -75,4 +75,9 @@ def test_every_layer_of_a_model(base_file) -> None:
     assert all(0 < found[layer, "attention.rel_l1"] < 2 for layer in (0, 1))
     assert found == attention_errors(transformer, base, row(0.9), BLOCKS, None, SETTINGS)
     assert [block.attn1.processor for block in transformer.blocks] == former
-    assert attention_errors(transformer, base, Variant("full", "full", "none", "none", "none", 0.0, True), BLOCKS, None, SETTINGS) == {}
+    assert (
+        attention_errors(
+            transformer, base, Variant("full", "full", "none", "none", "none", 0.0, True), BLOCKS, None, SETTINGS
+        )
+        == {}
+    )

@@ -8,7 +8,9 @@ from sla2_eval.metrics.frames import Undefined
 
 def test_identity_reaches_cap_and_one() -> None:
     video = moving_disc(0, frames=5)
-    assert fidelity(video, video) == pytest.approx({"fidelity.psnr": 100, "fidelity.psnr_pooled": 100, "fidelity.ssim": 1})
+    assert fidelity(video, video) == pytest.approx(
+        {"fidelity.psnr": 100, "fidelity.psnr_pooled": 100, "fidelity.ssim": 1}
+    )
 
 
 def test_values_of_a_known_error() -> None:

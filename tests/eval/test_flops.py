@@ -40,8 +40,13 @@ def test_items_by_hand() -> None:
         linear=n * (2 * d * d + d) + 2 * 2 * 4 * (d * d + d) + n * (2 * d * d + 2 * d),
         mixing=3 * n * d,
     )
-    assert head_flops(mask, n, d, 4, 2, attention="sla2", router="mean_pool", mixing="sum").router == 4 * n * d + 2 * 2 * 4 * d
-    assert head_flops(mask, n, d, 4, 2, attention="sla2", router="random", mixing="projection").mixing == n * d * (2 * d + 1)
+    assert (
+        head_flops(mask, n, d, 4, 2, attention="sla2", router="mean_pool", mixing="sum").router
+        == 4 * n * d + 2 * 2 * 4 * d
+    )
+    assert head_flops(mask, n, d, 4, 2, attention="sla2", router="random", mixing="projection").mixing == n * d * (
+        2 * d + 1
+    )
 
 
 def test_skipping_more_costs_less() -> None:

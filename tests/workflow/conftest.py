@@ -26,7 +26,7 @@ class Checkout:
 
     def pending(self, *arguments: str) -> set[str]:
         """Outputs that a run would make, below results/tiny."""
-        plan = self.snakemake("--dry-run", "--quiet", "host", *arguments).stdout
+        plan = self.snakemake(*arguments, "--dry-run", "--quiet", "host").stdout
         outputs = re.findall(r"(?m)^    output: (.*)$", plan)
         return {file.removeprefix("results/tiny/") for line in outputs for file in line.split(", ")}
 

@@ -43,6 +43,7 @@ pathvars:
 
 VIDEO = study.config["data"]["video"]
 ATTENTION = study.config["attention"]
+NATURALNESS = {name: study.config["score"][name] for name in ("naturalness_clips", "naturalness_patch")}
 ROWS = {name: row.row() for name, row in study.variants.items()}
 RUNS = [(name, seed) for name in study.variants for seed in study.training_seeds(name)]
 GROUPS = {row.stage1_group: row for row in study.variants.values() if row.stage1_group}

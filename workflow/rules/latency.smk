@@ -2,6 +2,8 @@ rule latency:
     """Attention and denoising step are timed for all variants in one process, which takes every core, once nothing else is left to run."""
     input:
         base=rules.base_model.output.base,
+        # The rows are in the settings, so that a comment in the sheet, or a row that is not of this study, reruns nothing.
+        sheet=ancient(study.config["variants"]["sheet"]),
     output:
         "<results>/latency/latency.csv",
     log:
@@ -16,5 +18,5 @@ rule latency:
     params:
         settings=settings("latency", attention=ATTENTION, variants=list(ROWS.values())),
     shell:
-        "( python -m sla2_eval.latency --settings {params.settings:q} --base {input.base} --output {output} )"
+        "( python -m sla2_eval.latency --settings {params.settings:q} --base {input.base} --variants {input.sheet} --output {output} )"
         " 2>&1 | tee {log}"

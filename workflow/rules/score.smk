@@ -1,5 +1,5 @@
 rule judge:
-    """An open_clip is trained on clips that nothing else sees; it reads colour, shape and direction off a video."""
+    """An open_clip learns, on clips that nothing else sees, to read colour, shape and direction off a video; NIQE is fitted beside it."""
     input:
         data=rules.data.output.summary,
     output:
@@ -12,7 +12,7 @@ rule judge:
     resources:
         gpu=gpus("score"),
     params:
-        settings=settings("score.judge", video=VIDEO),
+        settings=settings("score.judge", video=VIDEO, **NATURALNESS),
         data=subpath(input.data, parent=True),
     shell:
         "( python -m sla2_eval.judge --settings {params.settings:q} --data {params.data} --output {output} )"

@@ -4,6 +4,7 @@ import math
 
 import cv2
 import numpy as np
+import torch
 
 from sla2_eval.metrics.frames import Undefined, luma
 
@@ -56,6 +57,17 @@ class Naturalness:
             raise ValueError(f"{len(rows)} sharp patches cannot fit {rows.shape[1]} features; give more clips or smaller patches")
         self.mean, self.covariance = rows.mean(axis=0), np.cov(rows, rowvar=False)
         return self
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """The fitted model as tensors, for a file."""
+        return {"patch": torch.tensor(self.patch), "mean": torch.tensor(self.mean), "covariance": torch.tensor(self.covariance)}
+
+    @classmethod
+    def from_state(cls, state: dict[str, torch.Tensor]) -> "Naturalness":
+        """What `state` gave."""
+        model = cls(int(state["patch"]))
+        model.mean, model.covariance = state["mean"].numpy(), state["covariance"].numpy()
+        return model
 
     def __call__(self, video) -> float:
         """Distance of one video (T, H, W, 3).

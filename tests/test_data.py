@@ -1,0 +1,143 @@
+"""Scenes, clips and video files."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from sla2 import scenes
+from sla2.data import Clips, from_folder, procedural
+from sla2.errors import UserError
+from sla2.video import fit, read_video, resample, write_lossless, write_mp4
+
+VIDEO = {"frames": 9, "height": 64, "width": 64, "fps": 8}
+RICH = scenes.SIMPLE | {
+    "shapes": list(scenes.SHAPES), "speeds": list(scenes.SPEEDS), "sizes": list(scenes.SIZES),
+    "textures": list(scenes.TEXTURES), "second_shape": 0.5, "rotation": 0.5, "bounce": 0.3, "pan": 0.5,
+}  # fmt: skip
+
+
+def settings(**changes):
+    clips = {"train": 20, "heldout": 5, "judge": 5, "judge_heldout": 5}
+    return {"seed": 0, "folder": None, "on_error": "stop", "clips": clips, "scene": {}, "video": VIDEO, **changes}
+
+
+def test_scenes_are_a_function_of_seed_split_and_index():
+    assert scenes.sample_scene(0, "train", 3, RICH) == scenes.sample_scene(0, "train", 3, RICH)
+    drawn = [
+        json.dumps(scenes.sample_scene(s, split, 3, RICH)) for s in (0, 1) for split in ("train", "heldout", "judge")
+    ]
+    assert len(set(drawn)) == 6
+
+
+def test_splits_are_disjoint():
+    splits = procedural(settings(clips={"train": 300, "heldout": 100, "judge": 100, "judge_heldout": 100}))
+    drawn = [json.dumps(entry["scene"], sort_keys=True) for entries in splits.values() for entry in entries]
+    assert len(set(drawn)) == 600
+
+
+def test_render_of_a_batch_equals_single_renders():
+    drawn = [scenes.sample_scene(0, "train", i, RICH) for i in range(4)]
+    together = scenes.render(drawn, 5, 48, 64)
+    assert together.shape == (4, 5, 48, 64, 3)
+    for scene, clip in zip(drawn, together, strict=True):
+        assert torch.equal(scenes.render([scene], 5, 48, 64)[0], clip)
+
+
+@pytest.mark.parametrize("direction", list(scenes.DIRECTIONS))
+def test_shapes_move_as_the_caption_says(direction):
+    scene = scenes.sample_scene(0, "train", 0, scenes.SIMPLE | {"directions": [direction], "grain": 0.0})
+    assert f"moves {direction}" in scenes.caption(scene)
+    clip = scenes.render([scene], 9, 64, 64)[0].float() / 255
+    near = (clip - torch.tensor(scenes.COLORS[scene["things"][0]["color"]])).abs().amax(-1) < 0.15  # (T, H, W)
+    axis = torch.arange(64.0) + 0.5
+    x, y = ((near.sum(d) * axis).sum(-1) / near.sum((1, 2)) for d in (1, 2))
+    moved = torch.stack([x[-1] - x[0], y[-1] - y[0]]) / 64
+    torch.testing.assert_close(moved, torch.tensor(scenes.DIRECTIONS[direction]) * 0.5, atol=0.03, rtol=0)
+
+
+def test_lossless_video_is_exact_and_h264_is_close(tmp_path):
+    frames = scenes.render([scenes.sample_scene(0, "train", 1, RICH)], 9, 48, 64)[0]
+    write_lossless(tmp_path / "a.mkv", frames, 8)
+    write_mp4(tmp_path / "a.mp4", frames, 8)
+    found, fps = read_video(tmp_path / "a.mkv")
+    assert torch.equal(found, frames)
+    assert fps == 8
+    close, fps = read_video(tmp_path / "a.mp4")
+    assert fps == 8
+    assert 0 < (close.float() - frames.float()).abs().mean() < 6
+
+
+def test_resample_takes_the_nearest_frame_or_none():
+    frames = torch.arange(25, dtype=torch.uint8).view(-1, 1, 1, 1).expand(25, 2, 2, 3)
+    assert resample(frames, 25, 10, 5)[:, 0, 0, 0].tolist() == [0, 2, 5, 8, 10]
+    assert resample(frames, 25, 10, 12) is None
+
+
+def test_fit_covers_and_crops():
+    frames = torch.zeros(2, 50, 100, 3, dtype=torch.uint8)
+    frames[:, :, 25:75] = 200
+    out = fit(frames, 32, 32)
+    assert out.shape == (2, 32, 32, 3)
+    assert out.float().mean() > 190
+
+
+@pytest.fixture
+def folder(tmp_path):
+    clip = scenes.render([scenes.sample_scene(0, "train", 1, scenes.SIMPLE)], 17, 64, 80)[0]
+    names = [f"{letter}.mp4" for letter in "abcdef"]
+    for name in names:
+        write_mp4(tmp_path / name, clip, 8)
+    write_mp4(tmp_path / "short.mp4", clip[:4], 8)
+    (tmp_path / "broken.mp4").write_bytes(b"not a video")
+    rows = [f"{name},a clip" for name in names]
+    (tmp_path / "captions.csv").write_text("\n".join(["file,caption", *rows]) + "\n")
+    return tmp_path
+
+
+def test_folder_is_split_and_read_like_scenes(folder, tmp_path):
+    splits, skipped = from_folder(
+        settings(folder=str(folder), clips={"train": 9, "heldout": 2, "judge": 0, "judge_heldout": 0})
+    )
+    assert (len(splits["train"]), len(splits["heldout"]), skipped) == (4, 2, [])
+    path = tmp_path / "train.jsonl"
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in splits["train"]))
+    clips = Clips(path, VIDEO)
+    assert clips.batch([0, 1]).shape == (2, 9, 64, 64, 3)
+    assert clips[0].caption == "a clip"
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("short.mp4,x", "lasts 0.50 s, 1.12 s are needed"),
+        ("broken.mp4,x", "cannot be read"),
+        ("a.mp4,", "has no caption"),
+    ],
+)
+def test_unusable_clip_stops_or_is_counted(folder, row, message):
+    with (folder / "captions.csv").open("a") as file:
+        file.write(row + "\n")
+    clips = {"train": 9, "heldout": 2, "judge": 0, "judge_heldout": 0}
+    with pytest.raises(UserError, match=message):
+        from_folder(settings(folder=str(folder), clips=clips))
+    _, skipped = from_folder(settings(folder=str(folder), clips=clips, on_error="skip"))
+    assert len(skipped) == 1
+    assert message in skipped[0]
+
+
+def test_step_writes_its_index_and_names_mistakes_in_one_line(tmp_path):
+    command = [sys.executable, "-m", "sla2.data", "--output", str(tmp_path / "data"), "--settings"]
+    subprocess.run([*command, json.dumps(settings())], check=True, capture_output=True)
+    assert len((tmp_path / "data/train.jsonl").read_text().splitlines()) == 20
+    assert (tmp_path / "data/preview.mp4").stat().st_size > 1000
+    answer = subprocess.run(
+        [*command, json.dumps(settings(folder="nowhere"))], capture_output=True, text=True, check=False
+    )
+    assert answer.returncode == 2
+    assert (
+        answer.stderr.strip()
+        == "error: data.folder: nowhere is no folder; set it to your videos and their captions.csv"
+    )
