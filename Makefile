@@ -64,7 +64,7 @@ test: $(READY)
 	lint-imports
 	snakemake --lint
 	snakefmt --check Snakefile workflow/rules
-	pytest -n 2
+	pytest -n 2 --dist loadgroup
 
 style: $(READY)
 	ruff check --fix .
@@ -74,7 +74,7 @@ style: $(READY)
 $(READY): pyproject.toml requirements.lock
 	@$(VENV)/bin/python -c '$(SUPPORTED)' 2>/dev/null || { \
 		[ -n "$(PYTHON)" ] || { echo "error: no Python 3.11, 3.12 or 3.13 on PATH, only $$(python3 --version 2>&1 || true); install one, or give make PYTHON=/path/to/python3.12" >&2; exit 2; }; \
-		"$(PYTHON)" -c '$(SUPPORTED)' || { echo "error: PYTHON=$(PYTHON) is $$("$(PYTHON)" --version 2>&1), not 3.11, 3.12 or 3.13; give another" >&2; exit 2; }; \
+		"$(PYTHON)" -c '$(SUPPORTED)' || { echo "error: PYTHON=$(PYTHON) is $$("$(PYTHON)" --version 2>&1 | head -n 1), not 3.11, 3.12 or 3.13; give another" >&2; exit 2; }; \
 		"$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || { echo "error: $(PYTHON) cannot make an environment; install its venv package, such as: apt-get install python3-venv" >&2; exit 2; }; \
 		"$(PYTHON)" -m venv --clear $(VENV); }
 	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from sla2_kernels import reference
 
 from sla2.attention import AttentionSettings, SparseLinearAttention, build
 from sla2.mixing import AlphaMixing
 from sla2.variant import Variant, read_variants
+from sla2_kernels import reference
 
 SETTINGS = AttentionSettings(block_q=16, block_k=8)
 ROWS = [row for row in read_variants("config/variants.tsv").values() if row.attention != "full"]

@@ -10,7 +10,7 @@ from sla2.flow import generator
 from sla2.training import Log, batches, rate, train
 
 
-class Killed(Exception):
+class KilledError(Exception):
     """Stands for kill -9: nothing after it runs."""
 
 
@@ -22,7 +22,7 @@ def run(folder, steps=12, kill_at=None, identity=None):
 
     def loss(step):
         if step == kill_at:
-            raise Killed
+            raise KilledError
         draw = generator(1, step)
         x = torch.randn(3, 4, generator=draw) + torch.tensor(order(step))[:, None]
         return module(x).square().mean()
@@ -36,7 +36,7 @@ def run(folder, steps=12, kill_at=None, identity=None):
 @pytest.mark.parametrize("kill_at", [3, 4, 9, 11])
 def test_resumed_run_equals_an_uninterrupted_one(tmp_path, kill_at):
     expected, expected_log = run(tmp_path / "a")
-    with pytest.raises(Killed):
+    with pytest.raises(KilledError):
         run(tmp_path / "b", kill_at=kill_at)
     found, log = run(tmp_path / "b")
     assert log == expected_log
@@ -45,7 +45,7 @@ def test_resumed_run_equals_an_uninterrupted_one(tmp_path, kill_at):
 
 
 def test_checkpoint_of_other_settings_is_refused(tmp_path):
-    with pytest.raises(Killed):
+    with pytest.raises(KilledError):
         run(tmp_path, kill_at=9)
     with pytest.raises(UserError, match="made with other settings; delete it"):
         run(tmp_path, identity={"lr": 2e-2})

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from sla2_kernels import reference
 from torch import Tensor, nn
 
 from sla2.attention import AttentionSettings, SparseLinearAttention
@@ -20,12 +19,18 @@ from sla2.variant import Variant
 from sla2.wan import BaseModel, capture_qkv, install, load_adapter, self_attentions
 from sla2_eval.flops import realised_sparsity
 from sla2_eval.metrics.attention import attention_error
+from sla2_kernels import reference
 
 NOISE_STREAM = 6  # of `sla2.flow.generator`; streams below it belong to training
 
 
 def attention_errors(
-    transformer: nn.Module, base: BaseModel, variant: Variant, attention: AttentionSettings, trained: Path | None, settings: dict
+    transformer: nn.Module,
+    base: BaseModel,
+    variant: Variant,
+    attention: AttentionSettings,
+    trained: Path | None,
+    settings: dict,
 ) -> dict[tuple[int, str], float]:
     """Mean errors over held-out clips and noise levels.
 

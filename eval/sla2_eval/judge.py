@@ -63,8 +63,10 @@ def create_clip(config_file: Path, weights: Path | None, device: torch.device) -
 
     open_clip.add_model_config(config_file)
     if weights is None:
-        return open_clip.create_model(config_file.stem, device=device)
-    return open_clip.create_model(config_file.stem, pretrained=str(weights), require_pretrained=True, device=device).eval()
+        return open_clip.create_model(config_file.stem, load_weights=False, device=device)
+    return open_clip.create_model(
+        config_file.stem, pretrained=str(weights), require_pretrained=True, device=device
+    ).eval()
 
 
 def load_naturalness(folder: Path) -> Naturalness:
@@ -116,7 +118,9 @@ def train(
     """
     draw = random.Random(settings["seed"])
     model, device = judge.model, next(judge.model.parameters()).device
-    optimizer = torch.optim.AdamW(model.parameters(), lr=settings["learning_rate"], weight_decay=0.01, betas=(0.9, 0.98))
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=settings["learning_rate"], weight_decay=0.01, betas=(0.9, 0.98)
+    )
     steps, warmup = settings["steps"], max(1, settings["steps"] // 20)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / warmup, 0.5 * (1 + np.cos(np.pi * step / steps)) + 0.01)
@@ -141,8 +145,8 @@ def train(
         with torch.no_grad():
             model.logit_scale.clamp_(max=np.log(100))
         if step % 20 == 0 or step == steps - 1:
-            log.append({"step": step, "loss": float(loss)})
-            progress.set_postfix(loss=f"{float(loss):.3f}")
+            log.append({"step": step, "loss": loss.item()})
+            progress.set_postfix(loss=f"{loss.item():.3f}")
     return log
 
 
@@ -167,7 +171,11 @@ def forced_choice_accuracy(
             scores = judge.embed_texts([swapped(caption, value, choice) for choice in choices]) @ embedding
             right[name].append(choices[int(scores.argmax())] == value)
     return {
-        name: {"accuracy": float(np.mean(hits)) if hits else None, "clips": len(hits), "chance": 1 / len(attributes[name])}
+        name: {
+            "accuracy": float(np.mean(hits)) if hits else None,
+            "clips": len(hits),
+            "chance": 1 / len(attributes[name]),
+        }
         for name, hits in right.items()
     }
 
@@ -193,7 +201,9 @@ def gate_failure(gates: dict, name: str | None = None) -> str | None:
 def attributes_of(captions: list[str]) -> dict[str, list[str]]:
     """Values of colour, shape and direction that these captions name; an attribute with a single value cannot be judged."""
     words = {"color": list(scenes.COLORS), "shape": list(scenes.SHAPES), "direction": list(scenes.DIRECTIONS)}
-    found = {name: {attribute_values(text, {name: values}).get(name) for text in captions} for name, values in words.items()}
+    found = {
+        name: {attribute_values(text, {name: values}).get(name) for text in captions} for name, values in words.items()
+    }
     used = {name: [value for value in values if value in found[name]] for name, values in words.items()}
     return {name: values for name, values in used.items() if len(values) > 1}
 
@@ -252,7 +262,9 @@ def learn(settings: dict, data: Path, device: torch.device, folder: Path) -> Non
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--settings", type=json.loads, required=True, help="config section score.judge, naturalness, video")
+    parser.add_argument(
+        "--settings", type=json.loads, required=True, help="config section score.judge, naturalness, video"
+    )
     parser.add_argument("--data", type=Path, required=True, help="folder of the data step")
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()

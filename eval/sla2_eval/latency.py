@@ -15,7 +15,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from sla2_kernels import resolve_backend
 from torch import Tensor, nn
 
 from sla2.attention import AttentionSettings, build
@@ -27,13 +26,19 @@ from sla2.record import Record, write_provenance, write_records
 from sla2.variant import Variant, read_variants
 from sla2_eval.flops import Flops, dense_flops, layer_flops, realised_sparsity
 from sla2_eval.timing import interleaved_ms, percentiles, refuse_shared_gpu
+from sla2_kernels import resolve_backend
 
 DENSE = "dense"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--settings", type=json.loads, required=True, help="config section latency, attention, and variants: the rows to time")
+    parser.add_argument(
+        "--settings",
+        type=json.loads,
+        required=True,
+        help="config section latency, attention, and variants: the rows to time",
+    )
     parser.add_argument("--base", type=Path, required=True, help="base_model.json")
     parser.add_argument("--variants", type=Path, required=True, help="the variants sheet")
     parser.add_argument("--output", type=Path, required=True)

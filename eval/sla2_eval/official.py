@@ -17,4 +17,7 @@ WEIGHTS = {
 
 def unavailable() -> dict[str, str]:
     """Reason by metric."""
-    return {name: f"not available: needs the weights {weights}, which are not part of this study" for name, weights in WEIGHTS.items()}
+    return {
+        name: f"not available: needs the weights {weights}, which are not part of this study"
+        for name, weights in WEIGHTS.items()
+    }

@@ -30,14 +30,18 @@ def refuse_shared_gpu(device: torch.device) -> None:
         raise UserError(f"GPU {index}: used by {'; '.join(processes)}; latency needs the whole GPU, wait or stop them")
     busy = int(_query("--query-gpu=utilization.gpu", index, "nounits")[0])
     if busy > BUSY_PERCENT:
-        raise UserError(f"GPU {index}: {busy}% busy though this process is idle; latency needs the whole GPU, wait for it")
+        raise UserError(
+            f"GPU {index}: {busy}% busy though this process is idle; latency needs the whole GPU, wait for it"
+        )
 
 
 def _query(what: str, index: str, *options: str) -> list[str]:
     command = ["nvidia-smi", "-i", index, what, "--format=" + ",".join(("csv", "noheader", *options))]
     answer = subprocess.run(command, capture_output=True, text=True, check=False)
     if answer.returncode:
-        raise UserError(f"nvidia-smi: {(answer.stdout or answer.stderr).strip()}; without it the GPU cannot be shown to be free")
+        raise UserError(
+            f"nvidia-smi: {(answer.stdout or answer.stderr).strip()}; without it the GPU cannot be shown to be free"
+        )
     return [line.strip() for line in answer.stdout.splitlines() if line.strip()]
 
 

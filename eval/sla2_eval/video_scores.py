@@ -1,11 +1,12 @@
-"""All metrics of one video: families that share a computation, what they need, and why one may have no value."""
+"""All metrics of one video, and for each that has no value the reason."""
 
 import importlib.metadata
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
-import cv2
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,71 +15,54 @@ from sla2.prompts import Prompt
 from sla2_eval.judge import gate_failure, load_judge, load_naturalness
 from sla2_eval.metrics.fidelity import fidelity
 from sla2_eval.metrics.flicker import temporal_flickering
-from sla2_eval.metrics.frames import Undefined
+from sla2_eval.metrics.frames import UndefinedError
 from sla2_eval.metrics.guards import guards
 from sla2_eval.metrics.motion import dynamic_degree, motion_smoothness
 from sla2_eval.metrics.oracle import Oracle
+from sla2_eval.official import unavailable
 
 ATTRIBUTES = ("color", "shape", "direction")
+FLICKER = "temporal_flickering"
+GUARDS = ("guard.static", "guard.blank", "guard.saturated", "guard.not_finite", "guard.size")
+SMOOTHNESS = ("proxy.motion_smoothness_dis", "proxy.interp_gain")
+DYNAMIC = ("proxy.dynamic_degree_dis", "proxy.flow_top5")
+NATURALNESS = "proxy.naturalness_niqe_indomain"
+FIDELITY = ("fidelity.psnr", "fidelity.psnr_pooled", "fidelity.ssim")
+ALIGNMENT, CONSISTENCY = "proxy.text_alignment_clip_indomain", "proxy.frame_consistency_clip_indomain"
+MASK_SIDE = 128  # of the frames that canonical shapes are cut from; the oracle scales them down
 
 
-@dataclass(frozen=True)
-class Video:
-    """What the metrics of one video may look at.
+class Measured(NamedTuple):
+    """One metric of one video; `value` is None where `reason` says why."""
 
-    Args:
-        frames: (T, H, W, 3) uint8.
-        prompt: text and promised attributes.
-        reference: the dense model's video of the same noise; None where there is none.
-    """
-
-    frames: Tensor
-    prompt: Prompt
-    reference: Tensor | None
-
-
-@dataclass(frozen=True)
-class Family:
-    """Metrics that come out of one computation.
-
-    Args:
-        names: the metrics, as far as the video's prompt asks for them.
-        backend: what computes them.
-        compute: values by name; a name that is missing from the answer is undefined for this video.
-    """
-
-    names: Callable[[Video], list[str]]
+    metric: str
+    value: float | None
     backend: str
-    compute: Callable[[Video], dict[str, float]]
+    reason: str = ""
 
 
 class VideoScores:
     """The metrics of a study.
 
     Args:
-        settings: config section `score`, and video.
+        settings: `video` is read: frames, height, width, fps.
         judge: folder of the judge step.
-        promised: attributes that any prompt of the study promises.
-        is_reference: whether the scored videos are the reference of fidelity themselves.
+        prompts: the study's prompts; what none of them promises is not measured.
         device: of the judge; all else works on the CPU.
     """
 
-    def __init__(self, settings: dict, judge: Path, promised: set[str], is_reference: bool, device: torch.device) -> None:
+    def __init__(self, settings: dict, judge: Path, prompts: list[Prompt], device: torch.device) -> None:
         video = settings["video"]
-        self.size = (video["frames"], video["height"], video["width"])
-        self.fps = video["fps"]
-        self.is_reference = is_reference
-        self.promised = [name for name in ATTRIBUTES if name in promised]
+        self.size, self.fps = (video["frames"], video["height"], video["width"]), video["fps"]
+        self.promised = [name for name in ATTRIBUTES if any(name in prompt.attributes for prompt in prompts)]
+        self.oracle = Oracle(scenes.COLORS, canonical_masks(), scenes.DIRECTIONS)
         self.naturalness = load_naturalness(judge)
         self.judge, self.gates = load_judge(judge, device)
-        self.oracle = Oracle(scenes.COLORS, {name: scenes.shape_mask(name, 96) for name in scenes.SHAPES}, scenes.DIRECTIONS)
-        self.device = device.type
+        self.judge_backend = f"open_clip-{importlib.metadata.version('open-clip-torch')}/{device.type}"
 
-    def missing(self) -> dict[str, str]:
-        """Metrics that no video of this variant can have, with the reason: one row each."""
-        reasons = {}
-        if self.is_reference:
-            reasons |= dict.fromkeys(FIDELITY, "these videos are the reference of fidelity")
+    def absent(self) -> dict[str, str]:
+        """Reason by metric, for metrics that no video of this study can have."""
+        reasons = unavailable()
         if not self.promised:
             reasons |= dict.fromkeys(("oracle.presence", "oracle.all"), "no prompt says what its video must show")
         for name in ATTRIBUTES:
@@ -87,35 +71,65 @@ class VideoScores:
             elif failure := gate_failure(self.gates, name):
                 reasons[f"judge.{name}"] = failure
         if failure := gate_failure(self.gates):
-            reasons |= dict.fromkeys((TEXT_ALIGNMENT, FRAME_CONSISTENCY), failure)
+            reasons |= dict.fromkeys((ALIGNMENT, CONSISTENCY), failure)
         return reasons
 
-    def families(self) -> list[Family]:
-        """What is computed on every video."""
-        absent = self.missing()
-        found = [
-            Family(lambda v: ["temporal_flickering"], "numpy/cpu", lambda v: {"temporal_flickering": temporal_flickering(v.frames)}),
-            Family(lambda v: [f"guard.{name}" for name in GUARDS], "numpy/cpu", lambda v: guards(v.frames, self.size)),
-            Family(lambda v: SMOOTHNESS, OPENCV, lambda v: motion_smoothness(v.frames)),
-            Family(lambda v: DYNAMIC, OPENCV, lambda v: dynamic_degree(v.frames, self.fps)),
-            Family(lambda v: [NATURALNESS], "numpy/cpu", lambda v: {NATURALNESS: self.naturalness(v.frames)}),
-        ]
-        if not self.is_reference:
-            backend = f"torchmetrics-{importlib.metadata.version('torchmetrics')}/cpu"
-            found.append(Family(lambda v: FIDELITY, backend, _fidelity))
-        if self.promised:
-            found.append(Family(_oracle_names, OPENCV, lambda v: self.oracle(v.frames, v.prompt.attributes)))
-        backend = f"open_clip-{importlib.metadata.version('open-clip-torch')}/{self.device}"
-        if TEXT_ALIGNMENT not in absent:
-            found.append(Family(lambda v: [TEXT_ALIGNMENT, FRAME_CONSISTENCY], backend, self._judge_scores))
-        gated = [name for name in self.promised if f"judge.{name}" not in absent]
-        if gated:
-            asked = lambda v: [name for name in gated if name in v.prompt.attributes]  # noqa: E731
-            found.append(
-                Family(
-                    lambda v: [f"judge.{name}" for name in asked(v)],
-                    backend,
-                    lambda v: {f"judge.{name}": self._forced_choice(v, name) for name in asked(v)},
-                )
-            )
-        return found
+    def of(self, frames: Tensor, prompt: Prompt, reference: Tensor | None) -> Iterator[Measured]:
+        """Measure one video.
+
+        Args:
+            frames: (T, H, W, 3) uint8.
+            prompt: its prompt.
+            reference: the dense model's video of the same noise; None leaves fidelity out.
+        """
+        frames = frames.numpy()
+        numpy, opencv = "numpy/cpu", f"opencv-{importlib.metadata.version('opencv-python-headless')}/cpu"
+        torchmetrics = f"torchmetrics-{importlib.metadata.version('torchmetrics')}/cpu"
+        yield from _measure([FLICKER], numpy, lambda: {FLICKER: temporal_flickering(frames)})
+        yield from _measure(GUARDS, numpy, lambda: guards(frames, self.size))
+        yield from _measure(SMOOTHNESS, opencv, lambda: motion_smoothness(frames))
+        yield from _measure(DYNAMIC, opencv, lambda: dynamic_degree(frames, self.fps))
+        yield from _measure([NATURALNESS], numpy, lambda: {NATURALNESS: self.naturalness(frames)})
+        if reference is not None:
+            yield from _measure(FIDELITY, torchmetrics, lambda: fidelity(frames, reference.numpy()))
+        promised = {name: prompt.attributes[name] for name in self.promised if name in prompt.attributes}
+        if promised:
+            names = ("oracle.presence", "oracle.all", *(f"oracle.{name}" for name in promised))
+            yield from _measure(names, opencv, lambda: self.oracle(frames, promised))
+        yield from self._judged(frames, prompt.text, promised)
+
+    def _judged(self, frames, text: str, promised: dict[str, str]) -> Iterator[Measured]:
+        if gate_failure(self.gates) is None:
+            scores = {
+                ALIGNMENT: lambda: self.judge.text_alignment(frames, text),
+                CONSISTENCY: lambda: self.judge.frame_consistency(frames),
+            }
+            for name, score in scores.items():
+                yield from _measure([name], self.judge_backend, lambda name=name, score=score: {name: score()})
+        for name, value in promised.items():
+            if gate_failure(self.gates, name) is None:
+                choose = partial(self.judge.forced_choice, frames, text, value, self.gates["choices"][name])
+                metric = f"judge.{name}"
+                yield from _measure([metric], self.judge_backend, lambda m=metric, choose=choose: {m: choose()})
+
+
+def canonical_masks() -> dict[str, np.ndarray]:
+    """Upright mask of every shape, taken from the renderer: a plain black one that is half-way, in the middle of the frame."""
+    plain = {"colors": ["black"], "sizes": ["large"], "spread": 0.0, "grain": 0.0}
+    masks = {}
+    for shape in scenes.SHAPES:
+        scene = scenes.sample_scene(0, "train", 0, scenes.SIMPLE | plain | {"shapes": [shape]})
+        frames = scenes.render([scene], 3, MASK_SIDE, MASK_SIDE)[0].numpy()
+        masks[shape] = frames[1].max(axis=-1) < 255 * scenes.GROUND / 2
+    return masks
+
+
+def _measure(names, backend: str, compute: Callable[[], dict[str, float]]) -> Iterator[Measured]:
+    """Values of these metrics, or one reason for all of them."""
+    try:
+        values, reason = compute(), "undefined for this video: see the metric's card"
+    except UndefinedError as undefined:
+        values, reason = {}, f"undefined: {undefined}"
+    for name in names:
+        value = values.get(name)
+        yield Measured(name, value, backend, "" if value is not None else reason)

@@ -41,7 +41,8 @@ def test_keeping_more_mass_lowers_the_error() -> None:
     errors, masses = [], []
     for sparsity in (0.9, 0.7, 0.4, 0.1):
         module = build(row(sparsity, mixing="sum", attention="sla2"), 2, 24, 100, BLOCKS)
-        module.route = lambda q, k, kept=module.kept(100): mass.argsort(-1, descending=True).argsort(-1) < kept
+        kept = module.kept(100)
+        module.route = lambda q, k, kept=kept: mass.argsort(-1, descending=True).argsort(-1) < kept
         module.mixing.forward = lambda sparse, linear, block_q: sparse
         found = layer_errors(module, **tensors)
         errors.append(found["attention.rel_l1"])

@@ -3,7 +3,7 @@ import pytest
 from clips import moving_disc, noisy
 
 from sla2_eval.metrics.fidelity import fidelity
-from sla2_eval.metrics.frames import Undefined
+from sla2_eval.metrics.frames import UndefinedError
 
 
 def test_identity_reaches_cap_and_one() -> None:
@@ -44,5 +44,5 @@ def test_refuses_another_shape(cut) -> None:
 
 
 def test_small_frames_are_undefined() -> None:
-    with pytest.raises(Undefined, match="11"):
+    with pytest.raises(UndefinedError, match="11"):
         fidelity(np.zeros((2, 8, 8, 3), np.uint8), np.zeros((2, 8, 8, 3), np.uint8))

@@ -3,7 +3,7 @@ import pytest
 from clips import flickering, frozen, moving_disc, noisy, reversed_in_time, shuffled
 
 from sla2_eval.metrics.flicker import temporal_flickering
-from sla2_eval.metrics.frames import Undefined
+from sla2_eval.metrics.frames import UndefinedError
 
 
 def mean_score(edit, speed=(1.5, 0.7)) -> float:
@@ -36,7 +36,8 @@ def test_reversal_and_constant_do_not_matter() -> None:
 
 def test_order_of_noise() -> None:
     scores = [mean_score(lambda video, s=s: noisy(video, s)) for s in (0, 5, 15, 40)]
-    assert scores == sorted(scores, reverse=True) and scores[0] - scores[1] > 0.01
+    assert scores == sorted(scores, reverse=True)
+    assert scores[0] - scores[1] > 0.01
 
 
 def test_order_of_temporal_edits() -> None:
@@ -47,7 +48,7 @@ def test_order_of_temporal_edits() -> None:
 
 
 def test_single_frame_is_undefined() -> None:
-    with pytest.raises(Undefined, match="two frames"):
+    with pytest.raises(UndefinedError, match="two frames"):
         temporal_flickering(moving_disc(0)[:1])
 
 

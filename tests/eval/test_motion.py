@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from clips import flickering, frozen, held, moving_disc, noisy, reversed_in_time, shuffled, texture, to_uint8
 
-from sla2_eval.metrics.frames import Undefined
+from sla2_eval.metrics.frames import UndefinedError
 from sla2_eval.metrics.motion import dynamic_degree, motion_smoothness
 
 SMOOTH, GAIN = "proxy.motion_smoothness_dis", "proxy.interp_gain"
@@ -53,9 +53,9 @@ def test_smoothness_ignores_the_last_frame_of_an_even_number() -> None:
 
 def test_too_short_is_undefined() -> None:
     video = moving_disc(0, frames=2)
-    with pytest.raises(Undefined, match="three frames"):
+    with pytest.raises(UndefinedError, match="three frames"):
         motion_smoothness(video)
-    with pytest.raises(Undefined, match="three frames"):
+    with pytest.raises(UndefinedError, match="three frames"):
         dynamic_degree(video, fps=8)
 
 

@@ -85,7 +85,7 @@ def test_soft_mask_of_zeros_and_ones_is_the_hard_operator():
 
 
 def test_block_mass_sums_to_one_and_measures_the_kept_share():
-    q, k, v, mask = inputs(127, 32, 16, 12)
+    q, k, _, mask = inputs(127, 32, 16, 12)
     mass = reference.block_mass(q, k, 32, 16)
     torch.testing.assert_close(mass.sum(-1), torch.ones_like(mass[..., 0]))
     dense = (q @ k.mT / math.sqrt(12)).softmax(-1)

@@ -23,7 +23,6 @@ rule score:
     """Quality, fidelity to the untouched base model's videos of the same noise, and attention error of one variant."""
     input:
         base=rules.base_model.output.base,
-        data=rules.data.output.summary,
         videos=lambda w: manifests(w.variant),
         reference=manifests(BASE),
         adapters=lambda w: trained_adapters(w.variant, study.training_seeds(w.variant)),
@@ -40,11 +39,10 @@ rule score:
         gpu=gpus("score"),
     params:
         settings=lambda w: settings("score", variant=ROWS[w.variant], attention=ATTENTION, video=VIDEO),
-        data=subpath(input.data, parent=True),
         videos=lambda w, input: folders(input.videos),
         reference=lambda w, input: folders(input.reference),
         trained=lambda w, input: folder_option("--trained", input.adapters),
     shell:
-        "( python -m sla2_eval.score --settings {params.settings:q} --data {params.data} --base {input.base}"
+        "( python -m sla2_eval.score --settings {params.settings:q} --base {input.base}"
         " --videos {params.videos} --reference {params.reference} {params.trained} --judge {input.judge}"
         " --prompts {input.prompts} --output {output} ) 2>&1 | tee {log}"

@@ -2,7 +2,7 @@
 
 import torch
 
-from sla2_eval.metrics.frames import Undefined, as_array, as_float
+from sla2_eval.metrics.frames import UndefinedError, as_array, as_float
 
 PSNR_CAP_DB = 100.0  # a mean squared error of 1e-10 on the scale [0, 1]
 SSIM_WINDOW = 11  # side of the Gaussian window (sigma 1.5) in pixels
@@ -16,7 +16,7 @@ def fidelity(video, reference) -> dict[str, float]:
         ssim = mean_t SSIM_t with a Gaussian 11 x 11 window, sigma 1.5, data range 1.
     Range: psnr [0, 100] dB, ssim [-1, 1]; identical videos give 100 and 1. Direction: higher is closer.
     Source: torchmetrics; the cap per frame is ours, as one identical frame would make the mean infinite.
-    Undefined: ssim for frames smaller than the window.
+    UndefinedError: ssim for frames smaller than the window.
     Blind spots: distance to one sample of the dense model, not quality: a good video of another scene layout scores low.
         Symmetric, so it cannot tell which of the two is the better one. Read it against the floor, dense with another seed.
 
@@ -25,13 +25,15 @@ def fidelity(video, reference) -> dict[str, float]:
 
     Raises:
         ValueError: when T, H or W differ; nothing is cropped in silence.
-        Undefined: as above.
+        UndefinedError: as above.
     """
     shapes = as_array(video).shape, as_array(reference).shape
     if shapes[0] != shapes[1]:
         raise ValueError(f"fidelity compares videos of one shape, got {shapes[0]} and {shapes[1]}")
     if min(shapes[0][1:3]) < SSIM_WINDOW:
-        raise Undefined(f"SSIM needs frames of at least {SSIM_WINDOW} x {SSIM_WINDOW} pixels, got {shapes[0][1:3]}")
+        raise UndefinedError(
+            f"SSIM needs frames of at least {SSIM_WINDOW} x {SSIM_WINDOW} pixels, got {shapes[0][1:3]}"
+        )
     # Imported here: torchmetrics costs nine seconds of a core.
     from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from sla2_eval.metrics.frames import Undefined, as_float
+from sla2_eval.metrics.frames import UndefinedError, as_float
 
 
 def temporal_flickering(video) -> float:
@@ -12,7 +12,7 @@ def temporal_flickering(video) -> float:
     Formula: 1 - mean_t(mean|I_t - I_{t+1}|) / 255.
     Range: [0, 1]. Direction: higher is steadier.
     Source: VBench `temporal_flickering` (commit 45e79ec), the same formula on our lossless frames; no weights.
-    Undefined: fewer than two frames (VBench gives NaN).
+    UndefinedError: fewer than two frames (VBench gives NaN).
     Blind spots: motion lowers it by construction, so VBench keeps near-static clips only; compare equal prompts. A frozen or
         blank video scores 1: read the guards beside it. Blur raises it slightly.
 
@@ -20,9 +20,9 @@ def temporal_flickering(video) -> float:
         video: (T, H, W, 3), uint8 or floats in [0, 1].
 
     Raises:
-        Undefined: as above.
+        UndefinedError: as above.
     """
     frames = as_float(video)
     if len(frames) < 2:
-        raise Undefined("temporal flickering needs two frames")
+        raise UndefinedError("temporal flickering needs two frames")
     return float(1.0 - np.abs(np.diff(frames, axis=0)).mean(dtype=np.float64) / 255.0)

@@ -1,9 +1,11 @@
 """What every video metric takes: frames of shape (T, H, W, 3), uint8, or floats in [0, 1]."""
 
+import itertools
+
 import numpy as np
 
 
-class Undefined(ValueError):
+class UndefinedError(ValueError):
     """A metric has no value on this video; the message is the reason that goes into the record."""
 
 
@@ -30,13 +32,13 @@ def as_float(video) -> np.ndarray:
     """Frames as float32 on the scale 0 to 255.
 
     Raises:
-        Undefined: when a value is not finite.
+        UndefinedError: when a value is not finite.
     """
     video = as_array(video)
     if video.dtype == np.uint8:
         return video.astype(np.float32)
     if not np.isfinite(video).all():
-        raise Undefined("the video holds values that are not finite")
+        raise UndefinedError("the video holds values that are not finite")
     return video.astype(np.float32) * 255.0
 
 
@@ -44,7 +46,7 @@ def as_uint8(video) -> np.ndarray:
     """Frames as uint8, floats rounded and clipped.
 
     Raises:
-        Undefined: when a value is not finite.
+        UndefinedError: when a value is not finite.
     """
     video = as_array(video)
     return video if video.dtype == np.uint8 else np.clip(np.rint(as_float(video)), 0, 255).astype(np.uint8)
@@ -60,4 +62,4 @@ def middle_frames(length: int, count: int) -> list[int]:
     if length < count:
         return list(range(length)) + [length - 1] * (count - length)
     edges = np.floor(np.linspace(0, length, count + 1)).astype(int)
-    return [int((low + high - 1) // 2) for low, high in zip(edges[:-1], edges[1:], strict=True)]
+    return [int((low + high - 1) // 2) for low, high in itertools.pairwise(edges)]

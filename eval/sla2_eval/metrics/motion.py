@@ -5,7 +5,7 @@ import math
 import cv2
 import numpy as np
 
-from sla2_eval.metrics.frames import Undefined, as_float, as_uint8
+from sla2_eval.metrics.frames import UndefinedError, as_float, as_uint8
 
 
 def _dis(grey: np.ndarray, pairs: list[tuple[int, int]]) -> list[np.ndarray]:
@@ -29,7 +29,7 @@ def motion_smoothness(video) -> dict[str, float]:
     Range: smoothness [0, 1], saturated near 1; interp_gain (-inf, 1], above 0 where following the motion helps.
     Direction: higher is smoother.
     Source: the protocol of VBench `motion_smoothness` with OpenCV DIS flow instead of AMT-S, so not comparable with it.
-    Undefined: fewer than three frames; interp_gain also where neighbours equal the frame between them (no motion): that part is
+    UndefinedError: fewer than three frames; interp_gain also where neighbours equal the frame between them (no motion): that part is
         left out of the answer. With an even number of frames the last one is not judged.
     Blind spots: grain sets a floor that hides held frames (use interp_gain); frozen video scores 1; blur raises it slightly;
         pixels that leave the frame are replaced by the border.
@@ -38,11 +38,11 @@ def motion_smoothness(video) -> dict[str, float]:
         video: (T, H, W, 3), uint8 or floats in [0, 1].
 
     Raises:
-        Undefined: as above.
+        UndefinedError: as above.
     """
     frames = as_uint8(video)
     if len(frames) < 3:
-        raise Undefined("motion smoothness needs three frames")
+        raise UndefinedError("motion smoothness needs three frames")
     grey, exact = _grey(frames), as_float(frames)
     odd = range(1, len(frames) - 1, 2)
     forward = _dis(grey, [(k - 1, k + 1) for k in odd])
@@ -73,7 +73,7 @@ def dynamic_degree(video, fps: float) -> dict[str, float]:
     Range: dynamic {0, 1}; flow_top5 [0, inf) pixels per step (an eighth of a second). Direction: none; a motion amount.
     Source: VBench `dynamic_degree` (commit 45e79ec) with DIS flow instead of RAFT; the floor of one pair is ours, as VBench
         calls any two-frame clip dynamic.
-    Undefined: fewer than three frames after the stride.
+    UndefinedError: fewer than three frames after the stride.
     Blind spots: the frame rate decides the stride; grain on smooth areas is read as motion; camera and object are not told apart.
 
     Args:
@@ -81,11 +81,11 @@ def dynamic_degree(video, fps: float) -> dict[str, float]:
         fps: frames per second of the video.
 
     Raises:
-        Undefined: as above.
+        UndefinedError: as above.
     """
     frames = as_uint8(video)[:: max(1, round(fps / 8))]
     if len(frames) < 3:
-        raise Undefined(f"dynamic degree needs three frames at 8 per second, got {len(frames)}")
+        raise UndefinedError(f"dynamic degree needs three frames at 8 per second, got {len(frames)}")
     height, width = frames.shape[1:3]
     top = math.ceil(0.05 * height * width)
     speeds = []

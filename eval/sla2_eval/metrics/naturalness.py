@@ -6,11 +6,13 @@ import cv2
 import numpy as np
 import torch
 
-from sla2_eval.metrics.frames import Undefined, luma
+from sla2_eval.metrics.frames import UndefinedError, luma
 
 _SHAPES = np.arange(0.2, 10.0, 0.001)  # candidate shape parameters of the generalised Gaussian
 _GAMMA = np.vectorize(math.gamma)
-_RATIOS = _GAMMA(2 / _SHAPES) ** 2 / (_GAMMA(1 / _SHAPES) * _GAMMA(3 / _SHAPES))  # (E|x|)^2 / E x^2, increasing in the shape
+_RATIOS = _GAMMA(2 / _SHAPES) ** 2 / (
+    _GAMMA(1 / _SHAPES) * _GAMMA(3 / _SHAPES)
+)  # (E|x|)^2 / E x^2, increasing in the shape
 
 
 class Naturalness:
@@ -24,7 +26,7 @@ class Naturalness:
     Range: [0, inf), unbounded; never mapped to another scale. Direction: lower is closer to the domain.
     Source: the construction of NIQE (Mittal et al. 2013), fitted here on the study's own held-out clips; patch size as configured
         (96 in NIQE); patches of all frames are pooled. No weights.
-    Undefined: a frame without texture (all patches flat).
+    UndefinedError: a frame without texture (all patches flat).
     Blind spots: every temporal edit (freeze, reversal, shuffle) leaves it unchanged; colour is not seen; with flat backgrounds it is
         not monotone in blur, so scenes need texture; strong blur saturates.
 
@@ -54,13 +56,19 @@ class Naturalness:
         rows = np.concatenate(chosen)
         rows = rows[np.isfinite(rows).all(axis=1)]
         if len(rows) <= rows.shape[1]:
-            raise ValueError(f"{len(rows)} sharp patches cannot fit {rows.shape[1]} features; give more clips or smaller patches")
+            raise ValueError(
+                f"{len(rows)} sharp patches cannot fit {rows.shape[1]} features; give more clips or smaller patches"
+            )
         self.mean, self.covariance = rows.mean(axis=0), np.cov(rows, rowvar=False)
         return self
 
     def state(self) -> dict[str, torch.Tensor]:
         """The fitted model as tensors, for a file."""
-        return {"patch": torch.tensor(self.patch), "mean": torch.tensor(self.mean), "covariance": torch.tensor(self.covariance)}
+        return {
+            "patch": torch.tensor(self.patch),
+            "mean": torch.tensor(self.mean),
+            "covariance": torch.tensor(self.covariance),
+        }
 
     @classmethod
     def from_state(cls, state: dict[str, torch.Tensor]) -> "Naturalness":
@@ -73,7 +81,7 @@ class Naturalness:
         """Distance of one video (T, H, W, 3).
 
         Raises:
-            Undefined: as on the card.
+            UndefinedError: as on the card.
         """
         if self.mean is None or self.covariance is None:
             raise ValueError("fit the model on pristine videos first")
@@ -81,7 +89,7 @@ class Naturalness:
         rows = features.reshape(-1, features.shape[-1])
         rows = rows[np.isfinite(rows).all(axis=1)]
         if len(rows) < 2:
-            raise Undefined("no patch of the video has texture")
+            raise UndefinedError("no patch of the video has texture")
         covariance = np.cov(rows, rowvar=False)
         difference = rows.mean(axis=0) - self.mean
         return float(np.sqrt(max(0.0, difference @ np.linalg.pinv((self.covariance + covariance) / 2) @ difference)))
@@ -91,7 +99,7 @@ class Naturalness:
         grey = luma(video)
         rows, columns = grey.shape[1] // self.patch, grey.shape[2] // self.patch
         if not rows * columns:
-            raise Undefined(f"frames of {grey.shape[1]} x {grey.shape[2]} hold no patch of {self.patch} pixels")
+            raise UndefinedError(f"frames of {grey.shape[1]} x {grey.shape[2]} hold no patch of {self.patch} pixels")
         grey = grey[:, : rows * self.patch, : columns * self.patch]
         halves = np.stack([cv2.resize(frame, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA) for frame in grey])
         full, sharpness = self._one_scale(grey, self.patch)

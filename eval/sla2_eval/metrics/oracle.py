@@ -13,6 +13,7 @@ TURNS = 24  # rotations of each canonical shape, 15 degrees apart
 AREA = 0.6  # a normalised mask fills this share of the grid's inscribed disc
 SHADE = (0.5, 1.1)  # brightness of a surface, as factors of its palette colour
 GREY_SHADE = (0.85, 1.1)  # the same for colours without hue, whose dark shades would be the ground's
+LEAST_HUE = 25.0  # length of a colour's hue part, in grey levels, below which it counts as grey
 GROUND_SPREAD = 60.0  # brightness of the ground around its median, in grey levels
 SMALLEST, LARGEST = 0.01, 0.6  # area of a thing as a share of the frame
 STILL = 0.08  # displacement, as a share of the smaller side, below which nothing has moved
@@ -32,12 +33,12 @@ class Recovered:
 class Oracle:
     """Card: `oracle.presence`, `oracle.color`, `oracle.shape`, `oracle.direction`, `oracle.all`.
 
-    Definition: the largest thing of a palette colour is cut out of every frame; its colour is the palette entry of most of its
-        pixels, its shape the canonical mask that overlaps best, its direction that of its centre's path. Each score is 1 when
-        the recovered word is the promised one; `all` when every promised word is.
+    Definition: the largest thing of a palette colour is cut out of every frame; its colour is the palette entry that fits it in
+        most frames, its shape the canonical mask that overlaps best, its direction that of its centre's path. Each score is
+        1 when the recovered word is the promised one; `all` when every promised word is.
     Formula: a pixel belongs to the nearest of these segments in RGB: each palette colour times a shade in [0.5, 1.1], and the
         ground, the median of the border pixels plus or minus 60 grey levels. Thing: the largest connected region that is not
-        ground, holes filled. Shape: argmax of the mean over frames of max over rotations of intersection over union, masks
+        ground, holes filled. Colour: the nearest hue to its median pixel less the ground; greys by brightness. Shape: argmax of the mean over frames of max over rotations of intersection over union, masks
         centred and scaled to one area. Direction: nearest of the given ones to the displacement at the first moment when the
         centre has gone half of its largest distance from the start.
     Range: {0, 1}; presence is 1 when a thing of 1 to 60 % of the frame is there in at least half of the frames; without it
@@ -60,6 +61,7 @@ class Oracle:
     ) -> None:
         self.colors, self.directions = list(palette), dict(directions)
         self.values = np.array([palette[name] for name in self.colors], np.float32) * 255
+        self.hued = np.ptp(self.values, axis=1) > 50  # colours with a hue; the others are greys, black and white
         self.shapes = list(shapes)
         turned = [_rotations(np.asarray(shapes[name], bool)) for name in self.shapes]
         self.masks = np.stack(turned).reshape(len(self.shapes) * TURNS, -1).astype(np.float32)
@@ -67,14 +69,18 @@ class Oracle:
     def recover(self, video) -> Recovered:
         """Read one video (T, H, W, 3)."""
         frames = as_float(video)
-        classes = self._classify(frames)
-        things = {t: mask for t, mask in enumerate(map(_largest_region, classes >= 0)) if mask is not None}
+        ground = _ground(frames)
+        things = {
+            t: mask for t, mask in enumerate(map(_largest_region, self._foreground(frames, ground))) if mask is not None
+        }
         if 2 * len(things) < len(frames):
             return Recovered(present=False)
-        colors = np.concatenate([classes[t][mask & (classes[t] >= 0)] for t, mask in things.items()])
-        color = self.colors[int(np.bincount(colors, minlength=len(self.colors)).argmax())]
+        names = [self._color(np.median(frames[t][mask], axis=0) - ground) for t, mask in things.items()]
+        color = self.colors[int(np.bincount(names).argmax())]
         overlap = np.mean([self._overlap(mask) for mask in things.values()], axis=0)
-        direction, displacement = self._direction(np.stack([_centre(mask) for mask in things.values()]), min(frames.shape[1:3]))
+        direction, displacement = self._direction(
+            np.stack([_centre(mask) for mask in things.values()]), min(frames.shape[1:3])
+        )
         return Recovered(True, color, self.shapes[int(overlap.argmax())], direction, displacement)
 
     def __call__(self, video, promised: Mapping[str, str]) -> dict[str, float]:
@@ -98,16 +104,27 @@ class Oracle:
             scores["oracle.all"] = min(right.values())
         return scores
 
-    def _classify(self, frames: np.ndarray) -> np.ndarray:
-        """Index of the palette colour of every pixel, -1 for the ground: (T, H, W)."""
-        border = np.concatenate([frames[:, [0, -1]].reshape(-1, 3), frames[:, :, [0, -1]].reshape(-1, 3)])
-        ground = np.median(border, axis=0)
-        low, high = ground - GROUND_SPREAD, ground + GROUND_SPREAD
-        distances = [_segment_distance(frames, low, high)]
-        for value in self.values:
-            shade = SHADE if np.ptp(value) > 50 else GREY_SHADE
-            distances.append(_segment_distance(frames, value * shade[0], value * shade[1]))
-        return np.argmin(distances, axis=0) - 1
+    def _foreground(self, frames: np.ndarray, ground: np.ndarray) -> np.ndarray:
+        """Pixels (T, H, W) that are nearer to a palette colour than to the ground."""
+        away = _segment_distance(frames, ground - GROUND_SPREAD, ground + GROUND_SPREAD)
+        colors = []
+        for value, hued in zip(self.values, self.hued, strict=True):
+            dark, bright = SHADE if hued else GREY_SHADE
+            colors.append(_segment_distance(frames, value * dark, value * bright))
+        return np.min(colors, axis=0) < away
+
+    def _color(self, offset: np.ndarray) -> int:
+        """Palette index for the difference (3,) of a thing's colour from the ground: by hue, or by brightness without one.
+
+        Hue, because it names a washed-out red as people do; the distance in RGB would call it orange or purple.
+        """
+        hue = offset - offset.mean()
+        if self.hued.any() and (np.linalg.norm(hue) > LEAST_HUE or self.hued.all()):
+            palette = self.values - self.values.mean(axis=1, keepdims=True)
+            cosines = palette @ hue / np.maximum(np.linalg.norm(palette, axis=1), 1e-6)
+            return int(np.where(self.hued, cosines, -np.inf).argmax())
+        brightness = np.abs(self.values.mean(axis=1) - (127.5 + np.sign(offset.mean()) * 127.5))
+        return int(np.where(self.hued, np.inf, brightness).argmin())
 
     def _overlap(self, mask: np.ndarray) -> np.ndarray:
         """Best intersection over union with each shape over its rotations."""
@@ -125,6 +142,11 @@ class Oracle:
         step = moved[int(np.argmax(distance >= distance.max() / 2))]
         cosines = {name: step @ np.array(vector) / np.linalg.norm(vector) for name, vector in self.directions.items()}
         return max(cosines, key=cosines.get), displacement
+
+
+def _ground(frames: np.ndarray) -> np.ndarray:
+    """Colour of the ground (3,): the median of all border pixels."""
+    return np.median(np.concatenate([frames[:, [0, -1]].reshape(-1, 3), frames[:, :, [0, -1]].reshape(-1, 3)]), axis=0)
 
 
 def _segment_distance(pixels: np.ndarray, start: np.ndarray, end: np.ndarray) -> np.ndarray:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from sla2_eval.metrics.frames import Undefined, as_uint8, middle_frames
+from sla2_eval.metrics.frames import UndefinedError, as_uint8, middle_frames
 
 
 class Vocabulary:
@@ -128,12 +128,12 @@ class StoryboardClip:
         Formula: [argmax over choices c of <e_video, e_text(c)> is the true value].
         Range: {0, 1}; chance is 1 / number of choices. Direction: higher is better.
         Source: in-domain open_clip, as for text alignment; each attribute has a gate of its own.
-        Undefined: the value does not stand in the text exactly once.
+        UndefinedError: the value does not stand in the text exactly once.
         Blind spots: a video that shows two values gets either answer; a video that shows nothing gets some answer.
         """
         texts = [swapped(text, value, choice) for choice in choices]
         if value not in choices or None in texts:
-            raise Undefined(f"'{value}' does not stand exactly once in '{text}'")
+            raise UndefinedError(f"'{value}' does not stand exactly once in '{text}'")
         scores = self.embed_texts(texts) @ self.embed_video(video)
         return float(choices[int(scores.argmax())] == value)
 
@@ -145,14 +145,16 @@ class StoryboardClip:
             storyboard that repeats frame t.
         Range: [0, 1]. Direction: higher is steadier.
         Source: the formula of VBench `subject_consistency` with in-domain features instead of DINO.
-        Undefined: a single frame.
+        UndefinedError: a single frame.
         Blind spots: a frozen or blank video scores 1: read the guards; the embedding follows the object's place, so moving clips
             stay well below 1.
         """
         frames = _shrink(as_uint8(video), self.side)
         if len(frames) < 2:
-            raise Undefined("frame consistency needs two frames")
-        features = self.embed_boards(np.stack([_tile(np.stack([frame] * self.frames), self.columns) for frame in frames]))
+            raise UndefinedError("frame consistency needs two frames")
+        features = self.embed_boards(
+            np.stack([_tile(np.stack([frame] * self.frames), self.columns) for frame in frames])
+        )
         previous = (features[1:] * features[:-1]).sum(-1).clamp_min(0)
         first = (features[1:] @ features[0]).clamp_min(0)
         return float((previous + first).mean() / 2)

@@ -1,0 +1,163 @@
+"""Step score: every metric of every video of one variant, and its attention errors layer by layer.
+
+    python -m sla2_eval.score --settings JSON --base results/S/base_model/base_model.json \
+        --videos results/S/generate/V/seed0 [seed1 ...] --reference results/S/generate/base/seed0 \
+        [--trained results/S/stage2/V/seed0 ...] --judge results/S/score/judge --prompts TSV --output results/S/score/V.csv
+
+All training seeds are scored in one process: importing the metric libraries costs more than using them. Metrics are computed
+on the lossless frames. What has no value is a row with the reason, so that no table can average over it in silence.
+"""
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from sla2.attention import AttentionSettings
+from sla2.device import claim_device
+from sla2.errors import UserError, run_main
+from sla2.files import sha256_file
+from sla2.progress import bar
+from sla2.prompts import Prompt, read_prompts
+from sla2.record import Record, write_provenance, write_records
+from sla2.variant import Variant
+from sla2.video import read_video
+from sla2_eval.metrics.catalogue import METRICS, Metric
+from sla2_eval.video_scores import FIDELITY, Measured, VideoScores
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--settings", type=json.loads, required=True, help="config section score, variant, attention, video"
+    )
+    parser.add_argument("--base", type=Path, required=True, help="base_model.json")
+    parser.add_argument("--videos", type=Path, nargs="+", required=True, help="one folder a training seed")
+    parser.add_argument("--reference", type=Path, required=True, help="videos of the untouched base model")
+    parser.add_argument(
+        "--trained", type=Path, nargs="*", default=[], help="adapters, one for all videos or one a folder"
+    )
+    parser.add_argument("--judge", type=Path, required=True, help="folder of the judge step")
+    parser.add_argument("--prompts", type=Path, required=True, help="tab-separated prompts")
+    parser.add_argument("--output", type=Path, required=True)
+    args = parser.parse_args()
+    if len(args.trained) not in (0, 1, len(args.videos)):
+        raise UserError(
+            f"--trained: {len(args.trained)} folders for {len(args.videos)} of --videos; give none, one, or one each"
+        )
+    settings, variant = args.settings, Variant.from_row(args.settings["variant"])
+    device = claim_device(settings)
+    prompts = {prompt.prompt_id: prompt for prompt in read_prompts(args.prompts)}
+    scores = VideoScores(settings, args.judge, list(prompts.values()), device)
+    rows = Rows(settings["study"], variant)
+    absent = scores.absent()
+    is_reference = args.reference.resolve() in [folder.resolve() for folder in args.videos]
+    if is_reference:
+        absent |= dict.fromkeys(FIDELITY, "these videos are the reference of fidelity")
+    records = [rows.record(Measured(metric, None, "", reason)) for metric, reason in absent.items()]
+    reference = {} if is_reference else manifest(args.reference)
+    for folder in args.videos:
+        seed = training_seed(folder, variant)
+        entries = manifest(folder).values()
+        for entry in bar(list(entries), f"score {variant.variant} {folder.name}"):
+            for measured in of_video(folder, entry, args.reference, reference, prompts, scores):
+                records.append(rows.record(measured, train_seed=seed, prompt_id=entry["prompt_id"], seed=entry["seed"]))
+    records += list(attention_records(args, rows, device))
+    write_provenance(
+        args.output,
+        settings,
+        judge_sha256=scores.gates["weights_sha256"],
+        manifests=[sha256_file(f / "manifest.jsonl") for f in args.videos],
+    )
+    write_records(args.output, records)
+
+
+class Rows:
+    """Records of one variant, with unit and direction from the catalogue."""
+
+    def __init__(self, study: str, variant: Variant) -> None:
+        self.study, self.variant = study, variant.variant
+
+    def record(self, measured: Measured, **where: object) -> Record:
+        about = METRICS.get(measured.metric, Metric("1", True))  # official metrics have no code here; all of them go up
+        return Record(
+            study=self.study,
+            variant=self.variant,
+            metric=measured.metric,
+            value=measured.value,
+            unit=about.unit,
+            higher_is_better=about.higher_is_better,
+            backend=measured.backend,
+            reason=measured.reason,
+            **where,
+        )
+
+
+def manifest(folder: Path) -> dict[tuple[str, int], dict]:
+    """Entries of a generated folder by prompt and sampling seed.
+
+    Raises:
+        UserError: when the manifest is missing.
+    """
+    path = folder / "manifest.jsonl"
+    if not path.is_file():
+        raise UserError(f"{path}: missing; run the generate step")
+    entries = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return {(entry["prompt_id"], entry["seed"]): entry for entry in entries}
+
+
+def training_seed(folder: Path, variant: Variant) -> int | None:
+    """Training seed of a folder named `seed{t}`; None for rows that are not fine-tuned."""
+    number = folder.name.removeprefix("seed")
+    if not number.isdigit():
+        raise UserError(f"{folder}: a folder of videos is named seed and a number, such as seed0")
+    return int(number) if variant.finetune else None
+
+
+def of_video(
+    folder: Path, entry: dict, reference_folder: Path, reference: dict, prompts: dict[str, Prompt], scores: VideoScores
+) -> Iterator[Measured]:
+    """All metrics of one manifest entry; without `reference` fidelity is left out."""
+    prompt = prompts.get(entry["prompt_id"])
+    if prompt is None:
+        raise UserError(
+            f"{folder}/manifest.jsonl: prompt '{entry['prompt_id']}' is not in the prompt sheet; generate again"
+        )
+    frames, _ = read_video(folder / entry["file"])
+    dense = None
+    if reference:
+        other = reference.get((entry["prompt_id"], entry["seed"]))
+        if other is None or other["noise_sha256"] != entry["noise_sha256"]:
+            for name in FIDELITY:
+                yield Measured(name, None, "", f"{reference_folder} has no video of this prompt, seed and noise")
+        else:
+            dense, _ = read_video(reference_folder / other["file"])
+    yield from scores.of(frames, prompt, dense)
+
+
+def attention_records(args: argparse.Namespace, rows: Rows, device: torch.device) -> Iterator[Record]:
+    """Attention errors of every training seed, layer by layer; full attention only has its sparsity, which is none."""
+    variant = Variant.from_row(args.settings["variant"])
+    if variant.attention == "full":
+        yield rows.record(Measured("sparsity.realised", 0.0, "formula"))
+        return
+    # Imported here: diffusers costs eight seconds of a core, which rows with full attention save.
+    from sla2.wan import BaseModel, load_transformer
+    from sla2_eval.attention_error import attention_errors
+
+    base, settings = BaseModel.read(args.base), args.settings
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    transformer = load_transformer(base, dtype=dtype).to(device).eval()
+    attention = AttentionSettings(**settings["attention"])
+    adapters = args.trained * len(args.videos) if len(args.trained) == 1 else args.trained or [None] * len(args.videos)
+    for folder, trained in zip(args.videos, adapters, strict=True):
+        found = attention_errors(transformer, base, variant, attention, trained, settings)
+        for (layer, metric), value in sorted(found.items()):
+            measured = Measured(metric, value, f"torch/{device.type}")
+            yield rows.record(measured, train_seed=training_seed(folder, variant), layer=layer)
+
+
+if __name__ == "__main__":
+    run_main(main)

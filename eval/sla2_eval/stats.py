@@ -1,0 +1,206 @@
+"""Means, intervals and verdicts of paired, clustered measurements.
+
+The unit is the prompt; sampling seeds are nested in it; training seeds, where there are several, are crossed with prompts.
+A value array has the axes (T, P, S): training seeds, prompts, sampling seeds; NaN marks what could not be measured.
+
+Interval: a two-level bootstrap (prompts with replacement, within each its seeds with replacement) gives the shape. Its width
+is known to be wrong: too small by (P - 1) / P at the first level, too large at the second, where noise that the first level
+already carries is drawn again; and two or three training seeds are too few to be resampled. So deviations from the mean are
+scaled until their standard deviation is the unbiased one of the two-way random model and their tails are Student's:
+
+    V_prompts  = s_P^2 / P                                s_P^2: variance of prompt means
+    V_training = max(0, s_T^2 / T - s_PT^2 / (P T))       s_T^2: of training-seed means; s_PT^2: of what is left
+    se^2 = V_prompts + V_training,   df = se^4 / (V_prompts^2 / (P - 1) + V_training^2 / (T - 1))     (Satterthwaite)
+
+With one training seed that is s_P / sqrt(P) with P - 1 degrees of freedom, the paired t test on prompt means, and the interval
+says nothing about another training run. Simulated coverage of a 95 % interval is 93 to 97 %, from 6 prompts on, skewed and 0/1
+values included; it falls to 86 % when two training seeds differ much more than prompts do: train three.
+numpy and scipy only; equal seeds give equal numbers.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.special import ndtri, stdtr, stdtrit
+
+CHUNK = 4_000_000  # values resampled at once: 32 MB
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """A mean and what is known about it.
+
+    Args:
+        mean: mean over prompts of means over seeds; None when nothing was measured.
+        low, high: interval; None when it cannot be had, then `reason` says why.
+        p_value: two-sided, of mean = 0; meant for differences.
+        n_prompts, n_train_seeds: those with a value; n_seeds: most sampling seeds of a prompt; n_values: cells with a value.
+        sd_seeds: standard deviation between sampling seeds of one prompt and training seed, pooled.
+        sd_train_seeds: standard deviation between means of training seeds.
+    """
+
+    mean: float | None
+    low: float | None = None
+    high: float | None = None
+    p_value: float | None = None
+    n_prompts: int = 0
+    n_seeds: int = 0
+    n_train_seeds: int = 0
+    n_values: int = 0
+    sd_seeds: float | None = None
+    sd_train_seeds: float | None = None
+    reason: str = ""
+
+
+def estimate(values: np.ndarray, *, draws: int = 10_000, confidence: float = 0.95, seed: int = 0) -> Estimate:
+    """Mean with interval.
+
+    Args:
+        values: (T, P, S), NaN for what is missing.
+        draws: bootstrap draws; 0 leaves the interval out.
+        confidence: coverage, in (0, 1).
+        seed: of the draws; equal shapes and seeds resample alike, so variants stay paired.
+    """
+    values = np.asarray(values, float)
+    known = np.isfinite(values)
+    values = values[known.any((1, 2))][:, known.any((0, 2))]
+    if not values.size:
+        return Estimate(mean=None, reason="nothing was measured")
+    known = np.isfinite(values)
+    facts = {
+        "mean": float(_nested_mean(values)),
+        "n_prompts": values.shape[1],
+        "n_seeds": int(known.any(0).sum(-1).max()),
+        "n_train_seeds": values.shape[0],
+        "n_values": int(known.sum()),
+        "sd_seeds": _sd_seeds(values),
+        "sd_train_seeds": _sd_train_seeds(values),
+    }
+    if values.shape[1] < 2:
+        return Estimate(**facts, reason="no interval: fewer than two prompts")
+    error, freedom = _standard_error(values)
+    if error <= 1e-12 * abs(facts["mean"]):
+        return Estimate(**facts, reason=f"no interval: no variation among {values.shape[1]} prompts")
+    p_value = 2 * float(stdtr(freedom, -abs(facts["mean"]) / error))
+    if not draws:
+        return Estimate(**facts, p_value=p_value)
+    low, high = _interval(values, facts["mean"], error, freedom, draws, confidence, seed)
+    return Estimate(**facts, low=low, high=high, p_value=p_value)
+
+
+def difference(values: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    """Paired differences (T, P, S) of two arrays of the same prompts, sampling seeds and training seeds.
+
+    An array with T = 1 from a row that was never trained is the same for every training seed of the other: give it with its
+    axis of length 1. Cells that either side lacks are NaN.
+    """
+    if values.shape[1:] != reference.shape[1:]:
+        raise ValueError(f"arrays {values.shape} and {reference.shape} are not paired by prompt and seed")
+    return values - reference
+
+
+def holm(p_values: list[float | None]) -> list[float | None]:
+    """Holm's step-down correction; None, a comparison that could not be made, is not counted."""
+    known = sorted((p, i) for i, p in enumerate(p_values) if p is not None)
+    corrected: list[float | None] = [None] * len(p_values)
+    largest = 0.0
+    for rank, (p, i) in enumerate(known):
+        largest = max(largest, min(1.0, p * (len(known) - rank)))
+        corrected[i] = largest
+    return corrected
+
+
+def verdict(found: Estimate, p_holm: float | None, margin: float | None, confidence: float = 0.95) -> str:
+    """`equivalent`, `resolved` or `not resolved at n=<prompts>`, of a paired difference.
+
+    equivalent: the whole interval lies within the margin, also when it leaves out 0: a difference too small to matter.
+    resolved: the interval leaves out 0 and so does the test corrected over the metrics.
+    """
+    if found.mean is None:
+        return ""
+    if found.low is None or found.high is None:
+        return f"not resolved at n={found.n_prompts}"
+    if margin is not None and -margin < found.low and found.high < margin:
+        return "equivalent"
+    if (found.low > 0 or found.high < 0) and p_holm is not None and p_holm < 1 - confidence:
+        return "resolved"
+    return f"not resolved at n={found.n_prompts}"
+
+
+def bootstrap_means(values: np.ndarray, draws: int, seed: int) -> np.ndarray:
+    """Means (draws,) of two-level resamples of (T, P, S); see the module's docstring."""
+    cells = _mean(values, 0)  # (P, S)
+    prompts, seeds = cells.shape
+    rng = np.random.default_rng(seed)
+    chunk = max(1, CHUNK // cells.size)
+    means = []
+    for start in range(0, draws, chunk):
+        count = min(chunk, draws - start)
+        chosen = rng.integers(prompts, size=(count, prompts, 1)) * seeds
+        chosen = chosen + rng.integers(seeds, size=(count, prompts, seeds))
+        means.append(_mean(_mean(cells.reshape(-1)[chosen], -1), -1))
+    return np.concatenate(means)
+
+
+def _interval(
+    values: np.ndarray, mean: float, error: float, freedom: float, draws: int, confidence: float, seed: int
+) -> tuple[float, float]:
+    means = bootstrap_means(values, draws, seed)
+    means = means[np.isfinite(means)]
+    tail = (1 - confidence) / 2
+    # Both factors: from the bootstrap's spread to the unbiased one, and from normal quantiles to Student's.
+    scale = error / means.std() * stdtrit(freedom, 1 - tail) / ndtri(1 - tail)
+    low, high = mean + scale * (np.quantile(means, [tail, 1 - tail]) - mean)
+    lowest, highest = -math.inf, math.inf
+    known = values[np.isfinite(values)]
+    if np.isin(known, (0, 1)).all():  # a share
+        lowest, highest = 0.0, 1.0
+    elif np.isin(known, (-1, 0, 1)).all():  # a difference of shares
+        lowest, highest = -1.0, 1.0
+    return float(max(low, lowest)), float(min(high, highest))
+
+
+def _standard_error(values: np.ndarray) -> tuple[float, float]:
+    """Standard error of the mean of (T, P, S) and its degrees of freedom."""
+    cells = _mean(values, -1)  # (T, P)
+    prompts = cells.shape[1]
+    from_prompts = _mean(cells, 0).var(ddof=1) / prompts
+    complete = cells[:, np.isfinite(cells).all(0)]
+    trainings, paired = complete.shape
+    if trainings < 2 or paired < 2:
+        return math.sqrt(from_prompts), prompts - 1
+    rest = complete - complete.mean(0) - complete.mean(1, keepdims=True) + complete.mean()
+    rest = (rest**2).sum() / ((trainings - 1) * (paired - 1))
+    from_training = max(0.0, complete.mean(1).var(ddof=1) / trainings - rest / (trainings * paired))
+    variance = from_prompts + from_training
+    spread = from_prompts**2 / (prompts - 1) + from_training**2 / (trainings - 1)
+    return math.sqrt(variance), variance**2 / spread if spread else prompts - 1
+
+
+def _sd_seeds(values: np.ndarray) -> float | None:
+    count = np.isfinite(values).sum(-1)
+    freedom = np.clip(count - 1, 0, None).sum()
+    if not freedom:
+        return None
+    return float(math.sqrt(np.nansum((values - _mean(values, -1)[..., None]) ** 2) / freedom))
+
+
+def _sd_train_seeds(values: np.ndarray) -> float | None:
+    complete = values[:, np.isfinite(values).all((0, 2))]
+    if len(values) < 2 or not complete.size:
+        return None
+    return float(complete.mean((1, 2)).std(ddof=1))
+
+
+def _nested_mean(values: np.ndarray) -> float:
+    return _mean(_mean(_mean(values, 0), -1), -1)
+
+
+def _mean(values: np.ndarray, axis: int) -> np.ndarray:
+    """Mean of what is known; NaN where nothing is."""
+    if not np.isnan(values).any():
+        return values.mean(axis)
+    count = np.isfinite(values).sum(axis)
+    total = np.nansum(values, axis)
+    return np.divide(total, count, out=np.full(np.shape(total), np.nan), where=count > 0)
