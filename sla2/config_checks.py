@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+from sla2 import scenes
 from sla2.errors import UserError
 from sla2.study import PATCH, Study, is_path
 from sla2.variant import BASE, FULL, kept_blocks
@@ -16,7 +17,7 @@ Failures = Iterator[tuple[str, str]]
 
 def check_combinations(study: Study) -> Failures:
     """Yield `(dotted key, "value and problem; remedy")` for everything that cannot be run."""
-    for check in (_model, _video, _blocks, _sparsities, _rows, _training, _score, _judge, _report):
+    for check in (_model, _video, _scene, _blocks, _sparsities, _rows, _training, _score, _judge, _report):
         yield from check(study)
 
 
@@ -69,6 +70,11 @@ def _video(study: Study) -> Failures:
     if (frames - 1) % factor:
         near = max(1, round((frames - 1) / factor)) * factor + 1
         yield "data.video.frames", f"{frames} is not {factor} k + 1, as the VAE needs; choose such as {near}"
+
+
+def _scene(study: Study) -> Failures:
+    for key, message in scenes.check(scenes.SIMPLE | study.config["data"]["scene"]):
+        yield f"data.scene.{key}", message
 
 
 def _blocks(study: Study) -> Failures:

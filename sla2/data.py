@@ -15,10 +15,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sla2 import scenes
+from sla2 import grammar, scenes
 from sla2.errors import UserError, run_main
 from sla2.files import write_atomic, write_json
 from sla2.progress import bar, say
+from sla2.render import render
 from sla2.video import fit, read_video, resample, write_mp4
 
 SPLITS = ("train", "heldout", "judge", "judge_heldout")
@@ -60,16 +61,20 @@ class Clips:
     def captions(self) -> list[str]:
         return [entry["caption"] for entry in self.entries]
 
+    @property
+    def scenes(self) -> list[dict | None]:
+        """Scene parameters, None for a clip that was filmed."""
+        return [entry["scene"] for entry in self.entries]
+
     def __getitem__(self, index: int) -> Clip:
         entry = self.entries[index]
         return Clip(self.batch([index])[0], entry["caption"], entry["scene"], entry["id"])
 
     def batch(self, indices: list[int]) -> Tensor:
         """uint8 frames (B, T, H, W, 3) of these clips."""
-        size = (self.video["frames"], self.video["height"], self.video["width"])
         chosen = [self.entries[index] for index in indices]
         if all(entry["scene"] for entry in chosen):
-            return scenes.render([entry["scene"] for entry in chosen], *size, self.device)
+            return render([entry["scene"] for entry in chosen], **self.video, device=self.device)
         return torch.stack([read_clip(Path(entry["path"]), self.video) for entry in chosen])
 
 
@@ -93,15 +98,14 @@ def read_clip(path: Path, video: dict) -> Tensor:
 
 def procedural(settings: dict) -> dict[str, list[dict]]:
     """Index entries of every split; no two splits share a scene."""
-    choices = scenes.SIMPLE | settings["scene"]
-    splits = {}
-    for split in SPLITS:
-        drawn = [scenes.sample_scene(settings["seed"], split, i, choices) for i in range(settings["clips"][split])]
-        splits[split] = [
-            {"id": f"{split}-{i:05d}", "caption": scenes.caption(scene), "scene": scene, "path": None}
-            for i, scene in enumerate(drawn)
-        ]
-    return splits
+    choices, video = scenes.SIMPLE | settings["scene"], settings["video"]
+
+    def entry(split: str, index: int) -> dict:
+        scene = scenes.sample(choices, video, settings["seed"], split, index)
+        caption = grammar.caption(grammar.attributes(scene))
+        return {"id": f"{split}-{index:05d}", "caption": caption, "scene": scene, "path": None}
+
+    return {split: [entry(split, index) for index in range(settings["clips"][split])] for split in SPLITS}
 
 
 def read_captions(folder: Path) -> dict[str, str]:

@@ -1,196 +1,189 @@
-"""The grammar of procedural scenes: parameters, captions, and a renderer vectorised over clips.
+"""The grammar of procedural scenes: words, their distribution, captions, and the scene parameters behind each clip.
 
-A scene is a plain dict, so it is kept as JSON beside its caption and is what oracle metrics compare with. Lengths are fractions
-of the frame's smaller side, times run from 0 to 1 over the clip. The same (seed, split, index) gives the same scene everywhere.
+A scene is a JSON-able dict of words (`color`, `direction`, ...) and of the numbers that the renderer needs. Lengths are in short
+sides of the frame, x to the right and y down, times in seconds, so that a scene does not change with resolution or frame rate.
+Every number is drawn by hashing (seed, split, index, name), which gives the same scene on every machine and with every library.
+Velocities are those seen in the frame: a camera that pans follows its subject, and only the background passes by.
+Standard library only, as the Snakefile checks settings with it.
 """
 
+import hashlib
 import math
+from collections.abc import Iterator
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+from sla2.grammar import BACKGROUNDS, COLORS, DIRECTIONS, SHAPES, TURNS
 
-from sla2.flow import generator
-
-COLORS = {
-    "red": (0.88, 0.14, 0.14),
-    "green": (0.13, 0.70, 0.22),
-    "blue": (0.16, 0.30, 0.92),
-    "yellow": (0.95, 0.85, 0.15),
-    "purple": (0.60, 0.20, 0.75),
-    "orange": (0.96, 0.52, 0.10),
-    "white": (0.96, 0.96, 0.96),
-    "black": (0.05, 0.05, 0.05),
-}
-SHAPES = ("circle", "square", "triangle", "cross", "star")
-DIRECTIONS = {"right": (1.0, 0.0), "left": (-1.0, 0.0), "up": (0.0, -1.0), "down": (0.0, 1.0)}  # y grows downwards
-SPEEDS = {"slowly": 0.3, "": 0.5, "fast": 0.75}  # way over the clip
-SIZES = {"small": 0.13, "": 0.2, "large": 0.26}  # radius
-TEXTURES = ("", "striped", "dotted")
-GROUND = 0.45  # mean grey of the background
-_SPLITS = {"train": 0, "heldout": 1, "judge": 2, "judge_heldout": 3}
-
-# What a scene may contain; config key `data.scene` replaces entries.
+# What a scene may contain; the keys of config `data.scene` replace entries, and its schema says what each one means.
 SIMPLE = {
     "colors": ["red", "green", "blue", "yellow"],
     "shapes": ["circle", "square", "triangle"],
+    "textures": ["plain"],
+    "sizes": {"medium": 0.36},
     "directions": ["right", "left", "up", "down"],
-    "speeds": [""],
-    "sizes": [""],
-    "textures": [""],
+    "speeds": {"medium": 0.45},
+    "backgrounds": ["gray"],
+    "contrast": 0.25,
+    "grain": 2.0,
+    "jitter": 0.05,
+    "spread": 0.3,
     "second_shape": 0.0,
+    "occlusion": 0.0,
     "rotation": 0.0,
+    "turn": 0.5,
     "bounce": 0.0,
     "pan": 0.0,
-    "spread": 0.3,
-    "grain": 0.01,
+    "pan_speed": 0.4,
 }
 
 
-def sample_scene(seed: int, split: str, index: int, choices: dict) -> dict:
-    """Draw the scene of a clip.
+def is_static(scene: dict) -> bool:
+    """Whether nothing in the scene moves, turns or pans."""
+    resting = all(s["direction"] == "still" and s["rotation"] == "none" for s in scene["shapes"])
+    return resting and scene["pan"]["direction"] == "none"
+
+
+def position(shape: dict, seconds: float, extent: tuple[float, float]) -> tuple[float, float]:
+    """Centre of a shape, reflected at the borders of a frame of `extent` (width, height) short sides."""
+    reach = SHAPES[shape["shape"]] * shape["radius"]
+    centre = []
+    for start, velocity, side in zip(shape["position"], shape["velocity"], extent, strict=True):
+        span = side - 2 * reach
+        centre.append(reach + span - abs((start - reach + velocity * seconds) % (2 * span) - span))
+    return centre[0], centre[1]
+
+
+class Draw:
+    """Uniform numbers in [0, 1), each a function of its key and name alone, so that a new name changes no other draw."""
+
+    def __init__(self, *key: object) -> None:
+        self.key = "/".join(map(str, key))
+
+    def __call__(self, name: str) -> float:
+        return self.integer(name, 53) / 2**53
+
+    def integer(self, name: str, bits: int) -> int:
+        return int.from_bytes(hashlib.sha256(f"{self.key}/{name}".encode()).digest()[:8]) >> (64 - bits)
+
+    def choice(self, name: str, options: list):
+        return options[int(self(name) * len(options))]
+
+    def between(self, name: str, low: float, high: float) -> float:
+        return low + (high - low) * self(name)
+
+
+def sample(scene: dict, video: dict, seed: int, split: str, index: int) -> dict:
+    """One scene of a distribution.
 
     Args:
-        split: train, heldout, judge or judge_heldout; each has its own stream of draws.
-        choices: as `SIMPLE`; probabilities in [0, 1], `spread` is the range of the path's offset in frame sides.
+        scene: settings as `SIMPLE`.
+        video: frames, height, width, fps of the clip that it will be rendered as.
+        seed, split, index: the clip; splits share no random numbers.
     """
-    draw = generator(seed, _SPLITS[split], index)
+    draw = Draw(seed, split, index)
+    stage = _Stage(scene, video)
+    tint = BACKGROUNDS[color := draw.choice("background", scene["backgrounds"])]
+    background = {"color": color, "rgb": _jittered(tint, scene["jitter"], draw("tint")), "contrast": scene["contrast"]}
+    background |= {"grain": scene["grain"], "seed": draw.integer("texture", 31)}
+    pan = draw.choice("pan direction", ["right", "left", "up", "down"]) if draw("pan") < scene["pan"] else "none"
+    toward = DIRECTIONS["still" if pan == "none" else pan]
+    velocity = [round(scene["pan_speed"] / stage.duration * axis, 5) for axis in toward]
 
-    def uniform() -> float:
-        return float(torch.rand((), generator=draw, dtype=torch.float64))
+    first = stage.place(stage.shape(draw, "first", None), draw, "first")
+    shapes, in_front = [first], False
+    if draw("second") < scene["second_shape"]:
+        second = stage.shape(draw, "second", first["color"])
+        # Of some places, the one with most room; or, to pass in front, the one that half covers the first shape in mid clip.
+        meet = draw("occlusion") < scene["occlusion"]
+        half = 0.5 * (first["radius"] + second["radius"])
+        places = [stage.place(second, draw, f"second {attempt}") for attempt in range(24)]
+        distances = [stage.distance(first, place, meet) for place in places]
+        costs = [abs(distance - half) if meet else -distance for distance in distances]
+        shapes.append(places[costs.index(min(costs))])
+        in_front = stage.distance(*shapes, False) < 1.6 * half
+    camera = {"direction": pan, "velocity": velocity}
+    return {"shapes": shapes, "second_in_front": in_front, "background": background, "pan": camera}
 
-    def one(values: list) -> str:
-        return values[int(uniform() * len(values))]
 
-    def thing(color_not: str | None) -> dict:
-        colors = [color for color in choices["colors"] if color != color_not]
-        return {
-            "color": one(colors),
-            "shape": one(choices["shapes"]),
-            "size": one(choices["sizes"]),
-            "texture": one(choices["textures"]),
-            "direction": one(choices["directions"]),
-            "speed": one(choices["speeds"]),
-            "offset": (uniform() - 0.5) * choices["spread"],
-            "rotation": (1.0 if uniform() < 0.5 else -1.0) if uniform() < choices["rotation"] else 0.0,
-            "bounce": uniform() < choices["bounce"],
+class _Stage:
+    """The frame and the clip's duration, in which shapes are drawn and placed."""
+
+    def __init__(self, scene: dict, video: dict) -> None:
+        short = min(video["height"], video["width"])
+        self.scene, self.extent = scene, (video["width"] / short, video["height"] / short)
+        self.duration = (video["frames"] - 1) / video["fps"]
+
+    def shape(self, draw: Draw, which: str, taken: str | None) -> dict:
+        """Words and size of a shape, and how it moves; `place` says from where. `taken` is a colour that it must not have."""
+        scene = self.scene
+
+        def pick(name: str) -> str:
+            return draw.choice(f"{which} {name}", [word for word in scene[name] if word != taken])
+
+        words = {"color": pick("colors"), "shape": pick("shapes"), "texture": pick("textures"), "size": pick("sizes")}
+        words |= {"direction": pick("directions"), "speed": pick("speeds"), "rotation": "none"}
+        round_and_plain = words["shape"] in ("circle", "ring") and words["texture"] == "plain"
+        if draw(f"{which} rotation") < scene["rotation"] and not round_and_plain:
+            words["rotation"] = draw.choice(f"{which} turn", list(TURNS))
+        if words["direction"] == "still":
+            words["speed"] = "none"
+        spread = {
+            name: 1 + scene["jitter"] * draw.between(f"{which} {name} jitter", -1, 1) for name in ("size", "speed")
+        }
+        speed = scene["speeds"].get(words["speed"], 0.0) * spread["speed"] / self.duration
+        turning = words["rotation"] != "none"
+        return words | {
+            "rgb": _jittered(COLORS[words["color"]], scene["jitter"], draw(f"{which} light")),
+            "radius": round(scene["sizes"][words["size"]] / 2 * spread["size"], 5),
+            "velocity": [round(speed * axis, 5) for axis in DIRECTIONS[words["direction"]]],
+            "angle": round(draw(f"{which} angle"), 5) if turning else 0.0,
+            "turn": round(TURNS[words["rotation"]] * scene["turn"] / self.duration, 5) if turning else 0.0,
         }
 
-    first = thing(None)
-    things = [first]
-    if uniform() < choices["second_shape"]:
-        things.append(thing(first["color"]))  # drawn later, so in front
-    pan = one(["left", "right"]) if uniform() < choices["pan"] else ""
-    return {"things": things, "pan": pan, "grain": choices["grain"], "ground_seed": int(uniform() * 2**31)}
+    def place(self, shape: dict, draw: Draw, which: str) -> dict:
+        """The shape with a start: inside the frame all along, or with one axis set so that it meets a border in mid clip."""
+        reach = SHAPES[shape["shape"]] * shape["radius"]
+        moving = [axis for axis in (0, 1) if shape["velocity"][axis]]
+        hits = moving and draw(f"{which} bounce") < self.scene["bounce"]
+        hit = draw.choice(f"{which} axis", moving) if hits else None
+        start, bounces = [], False
+        for axis, side in enumerate(self.extent):
+            low, high, travel = reach, side - reach, shape["velocity"][axis] * self.duration
+            u = draw(f"{which} position {axis}")
+            if axis == hit:
+                bounces = True
+                at = (high if travel > 0 else low) - travel * (0.3 + 0.4 * u)
+            else:  # the path's middle, at most half a spread off the frame's
+                spread = min(self.scene["spread"], high - low - abs(travel))
+                at = side / 2 + (u - 0.5) * spread - travel / 2
+            start.append(round(min(high, max(low, at)), 5))
+        return shape | {"position": start, "bounces": bounces}
+
+    def distance(self, first: dict, second: dict, middle: bool) -> float:
+        """Distance of two centres: in mid clip, or the least over the clip."""
+        moments = [0.5] if middle else [step / 16 for step in range(17)]
+        at = [[position(shape, m * self.duration, self.extent) for shape in (first, second)] for m in moments]
+        return min(math.dist(*pair) for pair in at)
 
 
-def caption(scene: dict) -> str:
-    """The scene in words, the same words in the same order every time."""
-    parts = []
-    for thing in scene["things"]:
-        words = [
-            "a",
-            thing["size"],
-            thing["texture"],
-            thing["color"],
-            thing["shape"],
-            "moves",
-            thing["direction"],
-            thing["speed"],
-        ]
-        words += ["turning"] if thing["rotation"] else []
-        words += ["and bounces"] if thing["bounce"] else []
-        parts.append(" ".join(word for word in words if word))
-    if scene["pan"]:
-        parts.append(f"the camera pans {scene['pan']}")
-    return ", ".join(parts)
+def _jittered(rgb: tuple[int, int, int], jitter: float, u: float) -> list[int]:
+    return [min(255, round(channel * (1 + jitter * (2 * u - 1)))) for channel in rgb]
 
 
-def centres(thing: dict, frames: int) -> Tensor:
-    """Centre of a shape (T, 2) as (x, y) in frame sides: a straight path through the middle, offset sideways."""
-    way = SPEEDS[thing["speed"]]
-    t = torch.linspace(-0.5, 0.5, frames)
-    if thing["bounce"]:
-        t = 0.5 - 2 * (t.abs() - 0.25).abs() - 0.25  # there and back
-    x, y = DIRECTIONS[thing["direction"]]
-    path = torch.stack([t * way * x, t * way * y], -1)
-    sideways = torch.tensor([abs(y), abs(x)]) * thing["offset"]
-    return 0.5 + path + sideways
+def check(scene: dict) -> Iterator[tuple[str, str]]:
+    """What cannot be drawn, as pairs of key and message; ranges of single numbers and words are the schema's.
 
-
-def _distance(shape: str, x: Tensor, y: Tensor, radius: float) -> Tensor:
-    """Signed distance to a shape's border, negative inside; x, y relative to its centre."""
-    if shape == "circle":
-        return torch.hypot(x, y) - radius
-    if shape == "square":
-        return torch.maximum(x.abs(), y.abs()) - 0.85 * radius
-    if shape == "triangle":
-        sides = (x.abs() * math.sqrt(3) - y) / 2 - 0.58 * radius
-        return torch.maximum(sides, y - 0.58 * radius)
-    if shape == "cross":
-        bar = torch.maximum(x.abs() - radius, y.abs() - 0.36 * radius)
-        return torch.minimum(bar, torch.maximum(y.abs() - radius, x.abs() - 0.36 * radius))
-    angle = torch.atan2(x, -y)
-    spoke = torch.remainder(angle + math.pi / 5, 2 * math.pi / 5) - math.pi / 5  # five points
-    r = torch.hypot(x, y)
-    return r * torch.cos(spoke.abs() - math.pi / 5 * 0.5) * 0.95 - radius * 0.5 * (
-        1 + (1 - spoke.abs() / (math.pi / 5)) * 0.6
-    )
-
-
-def _pattern(texture: str, x: Tensor, y: Tensor, radius: float) -> Tensor:
-    """Brightness of a shape's surface."""
-    u, v = x / radius, y / radius
-    if texture == "striped":
-        return 0.75 + 0.25 * torch.sin(4.5 * (u + v)).sign()
-    if texture == "dotted":
-        return 1 - 0.55 * ((torch.sin(5 * u) * torch.sin(5 * v)).abs() > 0.55).float()
-    return torch.ones_like(u)
-
-
-def render(scenes: list[dict], frames: int, height: int, width: int, device: torch.device | str = "cpu") -> Tensor:
-    """Render clips.
-
-    Returns:
-        uint8 RGB frames (B, T, H, W, 3). Background texture and grain come from the scene's `ground_seed`.
+    Args:
+        scene: settings as `SIMPLE`.
     """
-    return torch.stack([_render(scene, frames, height, width, device) for scene in scenes])
-
-
-def _render(scene: dict, frames: int, height: int, width: int, device: torch.device | str) -> Tensor:
-    draw = torch.Generator().manual_seed(scene["ground_seed"])
-    side = min(height, width)
-    rows = ((torch.arange(height) + 0.5) - height / 2) / side + 0.5
-    columns = ((torch.arange(width) + 0.5) - width / 2) / side + 0.5
-    pan = {"": 0.0, "left": -0.35, "right": 0.35}[scene["pan"]]
-    shift = torch.linspace(-0.5, 0.5, frames) * pan * side
-    image = _ground(draw, frames, height, width, shift).to(device)
-    grain = (torch.randn(frames, height, width, 1, generator=draw) * scene["grain"]).to(device)
-    y, x = (axis.to(device) for axis in torch.meshgrid(rows, columns, indexing="ij"))
-    for thing in scene["things"]:
-        centre = centres(thing, frames).to(device)
-        radius = SIZES[thing["size"]]
-        dx, dy = x - centre[:, 0, None, None], y - centre[:, 1, None, None]  # (T, H, W)
-        turn = thing["rotation"] * torch.linspace(0, math.pi, frames, device=device)[:, None, None]
-        dx, dy = dx * turn.cos() + dy * turn.sin(), dy * turn.cos() - dx * turn.sin()
-        cover = (0.5 - _distance(thing["shape"], dx, dy, radius) * side).clamp(0, 1)[..., None]
-        surface = (
-            torch.tensor(COLORS[thing["color"]], device=device) * _pattern(thing["texture"], dx, dy, radius)[..., None]
+    if scene["second_shape"] and len(scene["colors"]) < 2:
+        yield (
+            "colors",
+            f"{scene['colors']} leaves no other colour for a second shape; name two, or set second_shape to 0",
         )
-        image = image * (1 - cover) + surface * cover
-    return ((image + grain).clamp(0, 1) * 255).round().to(torch.uint8)
-
-
-def _ground(draw: torch.Generator, frames: int, height: int, width: int, shift: Tensor) -> Tensor:
-    """Smooth grey texture (T, H, W, 3) with a light tint, moved sideways by `shift` pixels."""
-    margin = int(shift.abs().max().ceil()) + 1
-    noise = torch.randn(1, 1, 10, 10, generator=draw)
-    smooth = F.interpolate(noise, (height, width + 2 * margin), mode="bicubic", align_corners=False)[0, 0]
-    tint = torch.rand(3, generator=draw) * 0.06 - 0.03
-    ground = GROUND + 0.06 * smooth[..., None] + tint
-    start = margin + shift.round().long()
-    return (
-        torch.stack([ground[:, s : s + width] for s in start.tolist()])
-        if shift.any()
-        else (ground[:, margin : margin + width].expand(frames, height, width, 3))
-    )
+    if not scene["bounce"] and any(word != "still" for word in scene["directions"]):
+        reach = max(SHAPES[name] for name in scene["shapes"]) * (1 + scene["jitter"])
+        room = 1 - reach * max(scene["sizes"].values())
+        way = max(scene["speeds"].values()) * (1 + scene["jitter"])
+        if way > room:
+            remedy = "choose smaller sizes or speeds, or let shapes bounce"
+            yield "speeds", f"{way:.2f} short sides are longer than the {room:.2f} that the largest shape has; {remedy}"
