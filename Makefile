@@ -2,7 +2,8 @@
 # make figures     figures again from the tables of a study, or of any folder: make figures FROM=results/reference/mini
 # make test        every check
 # make style       format and mend what can be mended
-# FLAGS goes to Snakemake, such as FLAGS="--resources gpu=4" or FLAGS=--dry-run. Each target sets up .venv first, when it is missing or older than what it is made from.
+# FLAGS goes to Snakemake, such as FLAGS="--resources gpu=4".
+# Each target sets up .venv first, when it is missing or older than what it is made from.
 
 STUDY ?= tiny
 CONFIG ?= config/$(STUDY).yaml

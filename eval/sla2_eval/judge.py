@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional
 
-from sla2 import scenes
+from sla2 import grammar
 from sla2.data import Clips
 from sla2.device import claim_device
 from sla2.errors import UserError, run_main
@@ -27,9 +27,10 @@ from sla2.files import read_json, sha256_file, write_atomic, write_folder, write
 from sla2.progress import bar, say
 from sla2.record import write_provenance
 from sla2_eval.metrics.naturalness import Naturalness
-from sla2_eval.metrics.text_alignment import StoryboardClip, Vocabulary, storyboard, swapped
+from sla2_eval.metrics.text_alignment import StoryboardClip, Vocabulary, storyboard
 
 NAME = "sla2_judge"  # stem of the model config's file, which is open_clip's name for it
+ATTRIBUTES = ("color", "shape", "direction")  # what forced choices ask for
 RENDER_BATCH = 64  # clips rendered at once; only their storyboards stay in memory
 
 
@@ -87,22 +88,21 @@ def load_judge(folder: Path, device: torch.device) -> tuple[StoryboardClip | Non
     return StoryboardClip(model, Vocabulary(**words), **gates["storyboard"]), gates
 
 
-def attribute_values(caption: str, attributes: dict[str, list[str]]) -> dict[str, str]:
-    """The one value of each attribute that stands in the caption exactly once; attributes without such a value are left out."""
-    found = {name: [value for value in values if swapped(caption, value, value)] for name, values in attributes.items()}
-    return {name: values[0] for name, values in found.items() if len(values) == 1}
+def choices_of(words: list[dict]) -> dict[str, list[str]]:
+    """Values of each judged attribute that occur in these clips; an attribute with a single value cannot be judged."""
+    used = {
+        name: [value for value in grammar.CHOICES[name] if any(w[name] == value for w in words)] for name in ATTRIBUTES
+    }
+    return {name: values for name, values in used.items() if len(values) > 1}
 
 
-def hard_negatives(caption: str, attributes: dict[str, list[str]], draw: random.Random) -> list[str]:
-    """One changed caption per attribute that the caption names."""
-    return [
-        swapped(caption, value, draw.choice([other for other in attributes[name] if other != value]))
-        for name, value in attribute_values(caption, attributes).items()
-    ]
+def swapped(words: dict, name: str, values: list[str]) -> list[str]:
+    """Captions of the same scene with each other value of one attribute."""
+    return [grammar.caption({**words, name: value}) for value in values if value != words[name]]
 
 
 def train(
-    judge: StoryboardClip, boards: np.ndarray, captions: list[str], settings: dict, attributes: dict[str, list[str]]
+    judge: StoryboardClip, boards: np.ndarray, words: list[dict], settings: dict, choices: dict[str, list[str]]
 ) -> list[dict]:
     """Train the judge's model in place.
 
@@ -112,9 +112,9 @@ def train(
     Args:
         judge: model and vocabulary.
         boards: (n, h, w, 3) uint8 storyboards.
-        captions: their captions.
-        settings: the step's settings; `steps`, `batch`, `learning_rate` and `seed` are read.
-        attributes: allowed values by attribute.
+        words: their attributes; the caption is made of them.
+        settings: the step's settings; `steps`, `batch`, `learning_rate`, `frame_size` and `seed` are read.
+        choices: values by attribute, for the hard negatives.
     """
     draw = random.Random(settings["seed"])
     model, device = judge.model, next(judge.model.parameters()).device
@@ -129,11 +129,12 @@ def train(
     log = []
     progress = bar(steps, "judge")
     for step in progress:
-        chosen = draw.sample(range(len(captions)), min(settings["batch"], len(captions)))
-        own = [captions[index] for index in chosen]
-        texts = own + [text for caption in own for text in hard_negatives(caption, attributes, draw)]
+        chosen = draw.sample(range(len(words)), min(settings["batch"], len(words)))
+        own = [grammar.caption(words[index]) for index in chosen]
+        texts = own + [draw.choice(swapped(words[i], name, values)) for i in chosen for name, values in choices.items()]
         target = torch.tensor([[float(a == b) for b in texts] for a in own], device=device)
-        image = functional.normalize(model.encode_image(pixels[chosen].to(device)), dim=-1)
+        seen = jitter(pixels[chosen], settings["frame_size"], draw).to(device)
+        image = functional.normalize(model.encode_image(seen), dim=-1)
         text = functional.normalize(model.encode_text(judge.vocabulary.encode(texts).to(device)), dim=-1)
         logits = model.logit_scale.exp() * image @ text.T
         back, back_target = logits[:, : len(own)].T, target[:, : len(own)].T
@@ -150,34 +151,43 @@ def train(
     return log
 
 
+def jitter(pixels: torch.Tensor, side: int, draw: random.Random) -> torch.Tensor:
+    """Storyboards (B, 3, h, w) with the frames of each moved by the same few pixels: a caption stays true, a clip is not learnt by heart."""
+    rows, columns = pixels.shape[2] // side, pixels.shape[3] // side
+    reach = side // 16
+    frames = (
+        pixels.unflatten(2, (rows, side)).unflatten(4, (columns, side)).permute(0, 2, 4, 1, 3, 5)
+    )  # (B, r, c, 3, s, s)
+    padded = functional.pad(frames.flatten(0, 3), (reach,) * 4, mode="replicate").unflatten(0, frames.shape[:4])
+    moved = torch.empty_like(frames)
+    for index in range(len(pixels)):
+        y, x = draw.randint(0, 2 * reach), draw.randint(0, 2 * reach)
+        moved[index] = padded[index, ..., y : y + side, x : x + side]
+    return moved.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
+
+
 def _soft_cross_entropy(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Cross-entropy where several columns may be right and share the mass."""
     return -(functional.log_softmax(logits, -1) * target / target.sum(-1, keepdim=True)).sum(-1).mean()
 
 
 def forced_choice_accuracy(
-    judge: StoryboardClip, boards: np.ndarray, captions: list[str], attributes: dict[str, list[str]]
+    judge: StoryboardClip, boards: np.ndarray, words: list[dict], choices: dict[str, list[str]]
 ) -> dict[str, dict]:
     """Share of clips whose true caption beats each caption with that attribute exchanged.
 
     Returns:
-        `{"color": {"accuracy": ..., "clips": ..., "chance": ...}, ...}`; `accuracy` is None where no caption names the attribute.
+        `{"color": {"accuracy": ..., "clips": ..., "chance": ...}, ...}`.
     """
     embeddings = judge.embed_boards(boards)
-    right: dict[str, list[bool]] = {name: [] for name in attributes}
-    for embedding, caption in zip(embeddings, captions, strict=True):
-        for name, value in attribute_values(caption, attributes).items():
-            choices = attributes[name]
-            scores = judge.embed_texts([swapped(caption, value, choice) for choice in choices]) @ embedding
-            right[name].append(choices[int(scores.argmax())] == value)
-    return {
-        name: {
-            "accuracy": float(np.mean(hits)) if hits else None,
-            "clips": len(hits),
-            "chance": 1 / len(attributes[name]),
-        }
-        for name, hits in right.items()
-    }
+    gates = {}
+    for name, values in choices.items():
+        right = []
+        for embedding, of_clip in zip(embeddings, words, strict=True):
+            scores = judge.embed_texts([grammar.caption(of_clip), *swapped(of_clip, name, values)]) @ embedding
+            right.append(bool(scores[0] > scores[1:].max()))
+        gates[name] = {"accuracy": float(np.mean(right)), "clips": len(right), "chance": 1 / len(values)}
+    return gates
 
 
 def gate_failure(gates: dict, name: str | None = None) -> str | None:
@@ -190,22 +200,12 @@ def gate_failure(gates: dict, name: str | None = None) -> str | None:
     if gates["reason"]:
         return gates["reason"]
     for attribute in [name] if name else gates["attributes"]:
-        measured = gates["attributes"].get(attribute, {"accuracy": None})["accuracy"]
-        if measured is None:
-            return f"gate: no held-out caption names the attribute {attribute}"
+        if attribute not in gates["attributes"]:
+            return f"the study's clips show a single {attribute}: nothing to choose from"
+        measured = gates["attributes"][attribute]["accuracy"]
         if measured < gates["gate"]:
             return f"gate: forced-choice accuracy of {attribute} is {measured:.3f}, below {gates['gate']:g}"
     return None
-
-
-def attributes_of(captions: list[str]) -> dict[str, list[str]]:
-    """Values of colour, shape and direction that these captions name; an attribute with a single value cannot be judged."""
-    words = {"color": list(scenes.COLORS), "shape": list(scenes.SHAPES), "direction": list(scenes.DIRECTIONS)}
-    found = {
-        name: {attribute_values(text, {name: values}).get(name) for text in captions} for name, values in words.items()
-    }
-    used = {name: [value for value in values if value in found[name]] for name, values in words.items()}
-    return {name: values for name, values in used.items() if len(values) > 1}
 
 
 def storyboards(clips: Clips, settings: dict, description: str) -> np.ndarray:
@@ -230,20 +230,24 @@ def learn(settings: dict, data: Path, device: torch.device, folder: Path) -> Non
     gates = {"reason": None, "gate": settings["gate"], "attributes": {}, "weights_sha256": None}
     gates["storyboard"] = {"frames": settings["frames"], "columns": settings["columns"], "side": settings["frame_size"]}
     save_file(fit_naturalness(splits["heldout"], settings).state(), folder / "naturalness.safetensors")
-    captions = splits["judge"].captions
-    attributes = attributes_of(captions)
-    if not attributes or not len(splits["judge_heldout"]):
-        gates["reason"] = "the judge split holds no captions of known scenes: nothing to train the judge on"
+    if not all(len(splits[name]) and all(splits[name].scenes) for name in ("judge", "judge_heldout")):
+        gates["reason"] = "the judge splits hold no clips of known scenes: nothing to train the judge on"
         write_json(folder / "gates.json", gates)
         return
+    words, heldout = (
+        [grammar.attributes(scene) for scene in splits[name].scenes] for name in ("judge", "judge_heldout")
+    )
+    choices = choices_of(words)
     torch.manual_seed(settings["seed"])
-    vocabulary = Vocabulary.of(captions)
+    captions = [grammar.caption(of_clip) for of_clip in words]
+    swaps = (text for of_clip in words for name, values in choices.items() for text in swapped(of_clip, name, values))
+    vocabulary = Vocabulary.of([*captions, *swaps])
     config_file = folder / f"{NAME}.json"
     write_json(config_file, model_config(settings, vocabulary))
     write_json(folder / "vocabulary.json", {"words": vocabulary.words, "context_length": vocabulary.context_length})
     layout = gates["storyboard"]
     judge = StoryboardClip(create_clip(config_file, None, device).train(), vocabulary, **layout)
-    log = train(judge, storyboards(splits["judge"], settings, "judge: storyboards"), captions, settings, attributes)
+    log = train(judge, storyboards(splits["judge"], settings, "judge: storyboards"), words, settings, choices)
     weights = folder / "judge.safetensors"
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in judge.model.state_dict().items()}, weights)
     gates["weights_sha256"] = sha256_file(weights)
@@ -251,8 +255,8 @@ def learn(settings: dict, data: Path, device: torch.device, folder: Path) -> Non
     frozen = StoryboardClip(create_clip(config_file, weights, device), vocabulary, **layout)
     count = min(settings["gate_clips"], len(splits["judge_heldout"]))
     boards = storyboards(splits["judge_heldout"], settings, "judge: held-out storyboards")[:count]
-    gates["attributes"] = forced_choice_accuracy(frozen, boards, splits["judge_heldout"].captions[:count], attributes)
-    gates["choices"] = attributes
+    gates["attributes"] = forced_choice_accuracy(frozen, boards, heldout[:count], choices)
+    gates["choices"] = choices
     write_json(folder / "gates.json", gates)
     rows = ["step,phase,split,metric,value", *(f"{row['step']},judge,train,loss,{row['loss']:.6g}" for row in log)]
     write_atomic(folder / "log.csv", "\n".join(rows) + "\n")

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 BLACK, GREY = "#000000", "#7f7f7f"
 # Colour and marker by what comes after attention and sparsity; "" is the method itself.
 WORDS = {
-    "full": (BLACK, "*", "dense, fine-tuned"),
-    "base": (GREY, "P", "dense, untouched"),
+    "full": (BLACK, "*", "dense (fine-tuned)"),
+    "base": (GREY, "P", "dense (untouched)"),
     "sla": ("#cc6677", "s", "SLA"),
     "sla-main": ("#882255", "D", "SLA, linear over all keys"),
     "sla2": ("#0055aa", "o", "SLA2"),

@@ -13,7 +13,7 @@ margin, verdict, effect            `sla2_eval.stats.verdict`; effect: better, wo
 backend, reason                    what computed it; why a value or an interval is missing
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -127,6 +127,8 @@ def _row(cells: dict[tuple, Cell], key: tuple, sheet: dict[str, dict], settings:
     cell, reference = cells[key], cells.get((settings["reference"], metric, layer))
     options = {name: settings[name] for name in ("draws", "confidence", "seed")}
     found = estimate(_array(cell, [cell]), **options)
+    if all(prompt is None for _, prompt, _ in cell.values):  # of a layer or a machine, not of videos
+        found = replace(found, n_prompts=0, n_seeds=0, reason=found.reason and "no interval: not measured per prompt")
     undefined = sum(value is None for value in cell.values.values())
     reasons = [found.reason]
     if undefined:
@@ -153,7 +155,7 @@ def _row(cells: dict[tuple, Cell], key: tuple, sheet: dict[str, dict], settings:
     }
     if variant == settings["reference"]:
         return row | {"verdict": "reference"}, None
-    if reference is None:
+    if reference is None or found.mean is None:
         return row, None
     paired = estimate(_paired(cell, reference, sheet, variant, settings["reference"]), **options)
     row |= {

@@ -123,11 +123,15 @@ def read_log(path: Path, study: str) -> list[dict]:
 
 
 def provenance(paths: list[Path]) -> dict:
-    """Contents of the provenance files beside the records, by `<folder>/<file>`; absent ones are named as absent."""
+    """What stands beside the records, by `<folder>/<file>`, without command and settings; None where nothing does."""
     found = {}
     for path in paths:
         beside = path.with_name(f"{path.name}.provenance.json")
-        found[f"{path.parent.name}/{path.name}"] = read_json(beside) if beside.is_file() else None
+        facts = read_json(beside) if beside.is_file() else None
+        # A command names folders of the machine that ran it; the settings are in the hash.
+        found[f"{path.parent.name}/{path.name}"] = facts and {
+            name: value for name, value in facts.items() if name not in ("command", "settings")
+        }
     return found
 
 

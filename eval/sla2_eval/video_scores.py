@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sla2 import scenes
+from sla2 import grammar, render
 from sla2.prompts import Prompt
-from sla2_eval.judge import gate_failure, load_judge, load_naturalness
+from sla2_eval.judge import ATTRIBUTES, gate_failure, load_judge, load_naturalness, swapped
 from sla2_eval.metrics.fidelity import fidelity
 from sla2_eval.metrics.flicker import temporal_flickering
 from sla2_eval.metrics.frames import UndefinedError
@@ -21,7 +21,6 @@ from sla2_eval.metrics.motion import dynamic_degree, motion_smoothness
 from sla2_eval.metrics.oracle import Oracle
 from sla2_eval.official import unavailable
 
-ATTRIBUTES = ("color", "shape", "direction")
 FLICKER = "temporal_flickering"
 GUARDS = ("guard.static", "guard.blank", "guard.saturated", "guard.not_finite", "guard.size")
 SMOOTHNESS = ("proxy.motion_smoothness_dis", "proxy.interp_gain")
@@ -29,7 +28,7 @@ DYNAMIC = ("proxy.dynamic_degree_dis", "proxy.flow_top5")
 NATURALNESS = "proxy.naturalness_niqe_indomain"
 FIDELITY = ("fidelity.psnr", "fidelity.psnr_pooled", "fidelity.ssim")
 ALIGNMENT, CONSISTENCY = "proxy.text_alignment_clip_indomain", "proxy.frame_consistency_clip_indomain"
-MASK_SIDE = 128  # of the frames that canonical shapes are cut from; the oracle scales them down
+MASK_SIDE = 128  # of the canonical shapes; the oracle scales them down
 
 
 class Measured(NamedTuple):
@@ -55,7 +54,7 @@ class VideoScores:
         video = settings["video"]
         self.size, self.fps = (video["frames"], video["height"], video["width"]), video["fps"]
         self.promised = [name for name in ATTRIBUTES if any(name in prompt.attributes for prompt in prompts)]
-        self.oracle = Oracle(scenes.COLORS, canonical_masks(), scenes.DIRECTIONS)
+        self.oracle = Oracle(grammar.COLORS, canonical_masks(), grammar.DIRECTIONS)
         self.naturalness = load_naturalness(judge)
         self.judge, self.gates = load_judge(judge, device)
         self.judge_backend = f"open_clip-{importlib.metadata.version('open-clip-torch')}/{device.type}"
@@ -96,32 +95,35 @@ class VideoScores:
         if promised:
             names = ("oracle.presence", "oracle.all", *(f"oracle.{name}" for name in promised))
             yield from _measure(names, opencv, lambda: self.oracle(frames, promised))
-        yield from self._judged(frames, prompt.text, promised)
+        yield from self._judged(frames, prompt, promised)
 
-    def _judged(self, frames, text: str, promised: dict[str, str]) -> Iterator[Measured]:
+    def _judged(self, frames: np.ndarray, prompt: Prompt, promised: dict[str, str]) -> Iterator[Measured]:
         if gate_failure(self.gates) is None:
             scores = {
-                ALIGNMENT: lambda: self.judge.text_alignment(frames, text),
+                ALIGNMENT: lambda: self.judge.text_alignment(frames, prompt.text),
                 CONSISTENCY: lambda: self.judge.frame_consistency(frames),
             }
             for name, score in scores.items():
                 yield from _measure([name], self.judge_backend, lambda name=name, score=score: {name: score()})
-        for name, value in promised.items():
+        for name in promised:
             if gate_failure(self.gates, name) is None:
-                choose = partial(self.judge.forced_choice, frames, text, value, self.gates["choices"][name])
-                metric = f"judge.{name}"
-                yield from _measure([metric], self.judge_backend, lambda m=metric, choose=choose: {m: choose()})
+                choice = partial(self._choice, frames, prompt, name)
+                yield from _measure([f"judge.{name}"], self.judge_backend, choice)
+
+    def _choice(self, frames: np.ndarray, prompt: Prompt, name: str) -> dict[str, float]:
+        if grammar.caption(prompt.attributes) != prompt.text:
+            raise UndefinedError(
+                f"the prompt is not the grammar's sentence for its attributes, so no {name} can be swapped"
+            )
+        others = swapped(prompt.attributes, name, self.gates["choices"][name])
+        return {f"judge.{name}": self.judge.forced_choice(frames, prompt.text, others)}
 
 
 def canonical_masks() -> dict[str, np.ndarray]:
-    """Upright mask of every shape, taken from the renderer: a plain black one that is half-way, in the middle of the frame."""
-    plain = {"colors": ["black"], "sizes": ["large"], "spread": 0.0, "grain": 0.0}
-    masks = {}
-    for shape in scenes.SHAPES:
-        scene = scenes.sample_scene(0, "train", 0, scenes.SIMPLE | plain | {"shapes": [shape]})
-        frames = scenes.render([scene], 3, MASK_SIDE, MASK_SIDE)[0].numpy()
-        masks[shape] = frames[1].max(axis=-1) < 255 * scenes.GROUND / 2
-    return masks
+    """Upright mask (MASK_SIDE, MASK_SIDE) of every shape that the renderer can draw."""
+    axis = torch.linspace(-1.3, 1.3, MASK_SIDE)
+    v, u = torch.meshgrid(axis, axis, indexing="ij")
+    return {name: (distance(u, v) < 0).numpy() for name, distance in render.DISTANCES.items()}
 
 
 def _measure(names, backend: str, compute: Callable[[], dict[str, float]]) -> Iterator[Measured]:

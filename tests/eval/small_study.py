@@ -149,9 +149,17 @@ def _latency(row: Variant) -> list[Record]:
         "flops.reduction": (4e8 / sum(parts.values()), "1", True),
         "sparsity.realised": (row.sparsity, "1", None),
     }
-    backend = "reference/cpu float32 N=576 batch=1"
+    backend = "reference/cpu float32 N=576 batch=1 threads=1"
     return [
-        Record(study="small", variant=row.variant, metric=m, value=v, unit=u, higher_is_better=up, backend=backend)
+        Record(
+            study="small",
+            variant=row.variant,
+            metric=m,
+            value=v,
+            unit=u,
+            higher_is_better=up,
+            backend="formula" if "flops" in m else backend,
+        )
         for m, (v, u, up) in values.items()
     ]
 

@@ -1,5 +1,6 @@
 """The checked study, and the files of each variant. What an `include`d rule names, it finds here."""
 
+import fcntl
 import os
 import re
 import shutil
@@ -13,6 +14,28 @@ from sla2.variant import BASE, Variant
 
 # Jobs call `python`: the one that runs Snakemake, also where its environment is not activated.
 os.environ.update(PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
+
+
+def hold_folder():
+    """Let a run that was killed be followed by another without `snakemake --unlock`.
+
+    Snakemake's lock files outlive `kill -9`; a lock of the kernel's goes with its process. Every run holds one, shared; who can
+    have it alone knows that no other run lives, and that lock files which are there are left over.
+    """
+    folder = Path(".snakemake")
+    folder.mkdir(exist_ok=True)
+    held = (folder / "alive").open("w")
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for left_over in (folder / "locks").glob("*.lock"):
+            left_over.unlink()
+    except BlockingIOError:
+        pass
+    fcntl.flock(held, fcntl.LOCK_SH)
+    return held
+
+
+ALIVE = hold_folder() if workflow.is_main_process else None
 
 try:
     study = check_study(config, workflow.overwrite_configfiles or workflow.configfiles)

@@ -10,13 +10,14 @@ from sla2_eval.metrics.frames import as_float
 
 GRID = 32  # side of the grid on which masks are compared
 TURNS = 24  # rotations of each canonical shape, 15 degrees apart
-AREA = 0.6  # a normalised mask fills this share of the grid's inscribed disc
-SHADE = (0.5, 1.1)  # brightness of a surface, as factors of its palette colour
+AREA = 0.5  # a normalised mask fills this share of the grid's inscribed disc
+SHADE = (0.35, 1.1)  # brightness of a surface, as factors of its palette colour
 GREY_SHADE = (0.85, 1.1)  # the same for colours without hue, whose dark shades would be the ground's
 LEAST_HUE = 25.0  # length of a colour's hue part, in grey levels, below which it counts as grey
 GROUND_SPREAD = 60.0  # brightness of the ground around its median, in grey levels
 SMALLEST, LARGEST = 0.01, 0.6  # area of a thing as a share of the frame
-STILL = 0.08  # displacement, as a share of the smaller side, below which nothing has moved
+MOVED = 0.1  # displacement, as a share of the smaller side, from which on a thing has moved
+HOLE = 0.12  # holes up to this share of a thing are pattern or noise and are filled; a ring's is larger
 
 
 @dataclass(frozen=True)
@@ -36,21 +37,22 @@ class Oracle:
     Definition: the largest thing of a palette colour is cut out of every frame; its colour is the palette entry that fits it in
         most frames, its shape the canonical mask that overlaps best, its direction that of its centre's path. Each score is
         1 when the recovered word is the promised one; `all` when every promised word is.
-    Formula: a pixel belongs to the nearest of these segments in RGB: each palette colour times a shade in [0.5, 1.1], and the
+    Formula: a pixel belongs to the nearest of these segments in RGB: each palette colour times a shade in [0.35, 1.1], and the
         ground, the median of the border pixels plus or minus 60 grey levels. Thing: the largest connected region that is not
-        ground, holes filled. Colour: the nearest hue to its median pixel less the ground; greys by brightness. Shape: argmax of the mean over frames of max over rotations of intersection over union, masks
-        centred and scaled to one area. Direction: nearest of the given ones to the displacement at the first moment when the
-        centre has gone half of its largest distance from the start.
+        ground, small holes filled. Colour: the nearest hue to its median pixel less the ground; greys by brightness. Shape: argmax of the mean over frames of max over rotations of intersection over union, masks
+        centred and scaled to one area. Direction: nearest of the given ones to the displacement when the centre is first a
+        tenth of the smaller side away from its start; a thing that never is, stands still.
     Range: {0, 1}; presence is 1 when a thing of 1 to 60 % of the frame is there in at least half of the frames; without it
         every other score is 0. Direction: higher is better.
     Source: ours; right on at least 95 % of rendered scenes (tests/eval/test_oracle.py), no weights.
-    Blind spots: made for one thing on a greyish ground; of two things it reads the larger one; a washed-out thing is absent;
+    Blind spots: made for things of one colour on a ground without strong hue; unless two are promised it reads the
+        larger one;
         says nothing about texture, sharpness or flicker; a thing that leaves the frame is judged by what is seen of it.
 
     Args:
-        palette: RGB in [0, 1] by name.
+        palette: RGB, 0 to 255, by name.
         shapes: square boolean masks by name, any side, upright.
-        directions: vectors (x, y) by name, y downwards.
+        directions: vectors (x, y) by name, y downwards; (0, 0) stands for no motion.
     """
 
     def __init__(
@@ -60,19 +62,19 @@ class Oracle:
         directions: Mapping[str, tuple[float, float]],
     ) -> None:
         self.colors, self.directions = list(palette), dict(directions)
-        self.values = np.array([palette[name] for name in self.colors], np.float32) * 255
+        self.values = np.array([palette[name] for name in self.colors], np.float32)
         self.hued = np.ptp(self.values, axis=1) > 50  # colours with a hue; the others are greys, black and white
         self.shapes = list(shapes)
         turned = [_rotations(np.asarray(shapes[name], bool)) for name in self.shapes]
         self.masks = np.stack(turned).reshape(len(self.shapes) * TURNS, -1).astype(np.float32)
 
-    def recover(self, video) -> Recovered:
-        """Read one video (T, H, W, 3)."""
+    def recover(self, video, among: str | None = None) -> Recovered:
+        """Read one video (T, H, W, 3); `among` looks only at what has that palette colour."""
         frames = as_float(video)
         ground = _ground(frames)
-        things = {
-            t: mask for t, mask in enumerate(map(_largest_region, self._foreground(frames, ground))) if mask is not None
-        }
+        labels = self._labels(frames, ground)
+        foreground = labels >= 0 if among is None else labels == self.colors.index(among)
+        things = {t: mask for t, mask in enumerate(map(_largest_region, foreground)) if mask is not None}
         if 2 * len(things) < len(frames):
             return Recovered(present=False)
         names = [self._color(np.median(frames[t][mask], axis=0) - ground) for t, mask in things.items()]
@@ -88,7 +90,8 @@ class Oracle:
 
         Args:
             video: (T, H, W, 3), uint8 or floats in [0, 1].
-            promised: what the prompt says, with any of the keys color, shape, direction.
+            promised: what the prompt says, with any of the keys color, shape, direction, and with `second_color` when it asks
+                for a second thing: then the first is looked for by its colour.
 
         Raises:
             ValueError: for a word that was not given at construction.
@@ -97,21 +100,20 @@ class Oracle:
         for name in promised.keys() & known.keys():
             if promised[name] not in known[name]:
                 raise ValueError(f"{name} '{promised[name]}' is not one of {', '.join(known[name])}")
-        found = self.recover(video)
+        found = self.recover(video, promised.get("color") if "second_color" in promised else None)
         right = {name: float(getattr(found, name) == promised[name]) for name in known if name in promised}
         scores = {"oracle.presence": float(found.present), **{f"oracle.{name}": value for name, value in right.items()}}
         if right:
             scores["oracle.all"] = min(right.values())
         return scores
 
-    def _foreground(self, frames: np.ndarray, ground: np.ndarray) -> np.ndarray:
-        """Pixels (T, H, W) that are nearer to a palette colour than to the ground."""
-        away = _segment_distance(frames, ground - GROUND_SPREAD, ground + GROUND_SPREAD)
-        colors = []
+    def _labels(self, frames: np.ndarray, ground: np.ndarray) -> np.ndarray:
+        """Index of the nearest palette colour of every pixel, -1 for the ground: (T, H, W)."""
+        distances = [_segment_distance(frames, ground - GROUND_SPREAD, ground + GROUND_SPREAD)]
         for value, hued in zip(self.values, self.hued, strict=True):
             dark, bright = SHADE if hued else GREY_SHADE
-            colors.append(_segment_distance(frames, value * dark, value * bright))
-        return np.min(colors, axis=0) < away
+            distances.append(_segment_distance(frames, value * dark, value * bright))
+        return np.argmin(distances, axis=0) - 1
 
     def _color(self, offset: np.ndarray) -> int:
         """Palette index for the difference (3,) of a thing's colour from the ground: by hue, or by brightness without one.
@@ -135,13 +137,16 @@ class Oracle:
 
     def _direction(self, centres: np.ndarray, side: int) -> tuple[str | None, float]:
         moved = centres - centres[0]
-        distance = np.linalg.norm(moved, axis=1)
-        displacement = float(distance.max() / side)
-        if displacement < STILL:
-            return None, displacement
-        step = moved[int(np.argmax(distance >= distance.max() / 2))]
-        cosines = {name: step @ np.array(vector) / np.linalg.norm(vector) for name, vector in self.directions.items()}
-        return max(cosines, key=cosines.get), displacement
+        distance = np.linalg.norm(moved, axis=1) / side
+        step = moved[int(np.argmax(distance >= MOVED))]
+        vectors = {
+            name: np.array(vector) / max(np.linalg.norm(vector), 1e-9) for name, vector in self.directions.items()
+        }
+        if distance.max() < MOVED:
+            resting = [name for name, vector in vectors.items() if not vector.any()]
+            return (resting[0] if resting else None), float(distance.max())
+        cosines = {name: step @ vector for name, vector in vectors.items() if vector.any()}
+        return max(cosines, key=cosines.get), float(distance.max())
 
 
 def _ground(frames: np.ndarray) -> np.ndarray:
@@ -157,15 +162,19 @@ def _segment_distance(pixels: np.ndarray, start: np.ndarray, end: np.ndarray) ->
 
 
 def _largest_region(foreground: np.ndarray) -> np.ndarray | None:
-    """Largest connected region with its holes filled; None when it is too small or too large to be a thing."""
+    """Largest connected region with its small holes filled; None when it is too small or too large to be a thing."""
     count, labels, stats, _ = cv2.connectedComponentsWithStats(foreground.astype(np.uint8), connectivity=4)
     if count < 2:
         return None
     region = labels == 1 + int(stats[1:, cv2.CC_STAT_AREA].argmax())
     if not SMALLEST <= region.mean() <= LARGEST:
         return None
-    outlines, _ = cv2.findContours(region.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
-    return cv2.drawContours(np.zeros(region.shape, np.uint8), outlines, -1, 1, cv2.FILLED) > 0
+    count, labels, stats, _ = cv2.connectedComponentsWithStats((~region).astype(np.uint8), connectivity=8)
+    touching = set(np.unique(np.concatenate([labels[0], labels[-1], labels[:, 0], labels[:, -1]])).tolist())
+    for hole in range(1, count):
+        if hole not in touching and stats[hole, cv2.CC_STAT_AREA] <= HOLE * region.sum():
+            region |= labels == hole
+    return region
 
 
 def _centre(mask: np.ndarray) -> np.ndarray:

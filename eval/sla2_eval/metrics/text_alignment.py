@@ -68,12 +68,6 @@ def _tile(frames: np.ndarray, columns: int) -> np.ndarray:
     return frames.reshape(count // columns, columns, side, side, 3).swapaxes(1, 2).reshape(-1, columns * side, 3)
 
 
-def swapped(text: str, value: str, other: str) -> str | None:
-    """`text` with the phrase `value` exchanged for `other`; None unless the phrase stands there exactly once."""
-    changed, count = re.subn(rf"\b{re.escape(value)}\b", other, text)
-    return changed if count == 1 else None
-
-
 class StoryboardClip:
     """An open_clip model with its vocabulary and storyboard layout.
 
@@ -121,21 +115,23 @@ class StoryboardClip:
         """
         return float(self.embed_video(video) @ self.embed_texts([text])[0])
 
-    def forced_choice(self, video, text: str, value: str, choices: Sequence[str]) -> float:
+    def forced_choice(self, video, text: str, others: Sequence[str]) -> float:
         """Card: `judge.color`, `judge.shape`, `judge.direction`.
 
-        Definition: 1 when the prompt fits the video better than each prompt with this one attribute exchanged, else 0.
-        Formula: [argmax over choices c of <e_video, e_text(c)> is the true value].
-        Range: {0, 1}; chance is 1 / number of choices. Direction: higher is better.
+        Definition: 1 when the prompt fits the video better than the same prompt with one attribute exchanged, for every other
+            value of that attribute, else 0.
+        Formula: [<e_video, e_text> > max over other texts c of <e_video, e_c>].
+        Range: {0, 1}; chance is 1 / (1 + number of other texts). Direction: higher is better.
         Source: in-domain open_clip, as for text alignment; each attribute has a gate of its own.
-        UndefinedError: the value does not stand in the text exactly once.
         Blind spots: a video that shows two values gets either answer; a video that shows nothing gets some answer.
+
+        Args:
+            video: (T, H, W, 3).
+            text: the prompt.
+            others: the prompt with each other value in place of the true one.
         """
-        texts = [swapped(text, value, choice) for choice in choices]
-        if value not in choices or None in texts:
-            raise UndefinedError(f"'{value}' does not stand exactly once in '{text}'")
-        scores = self.embed_texts(texts) @ self.embed_video(video)
-        return float(choices[int(scores.argmax())] == value)
+        scores = self.embed_texts([text, *others]) @ self.embed_video(video)
+        return float(scores[0] > scores[1:].max())
 
     def frame_consistency(self, video) -> float:
         """Card: `proxy.frame_consistency_clip_indomain`.

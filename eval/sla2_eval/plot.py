@@ -1,0 +1,150 @@
+"""How every figure looks and is written: fonts, axis names, intervals, missing values, one .svg and one .png.
+
+    python workflow/scripts/<figure>.py --tables results/S/tables --output results/S/figures/<figure>
+
+The files depend on the tables only: no date, no random ids, so equal tables and equal library versions give equal bytes.
+"""
+
+import argparse
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from sla2.files import atomic_path
+from sla2_eval.palette import style
+from sla2_eval.table_set import TableSet
+
+PIXELS_PER_INCH = 160
+RULES = {
+    "font.size": 9,
+    "axes.titlesize": 9.5,
+    "axes.labelsize": 9,
+    "xtick.labelsize": 8.5,
+    "ytick.labelsize": 8.5,
+    "legend.fontsize": 8.5,
+    "legend.frameon": False,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e4e4e4",
+    "grid.linewidth": 0.7,
+    "lines.linewidth": 1.4,
+    "figure.constrained_layout.use": True,
+    "svg.hashsalt": "sla2",
+    "svg.fonttype": "path",  # the same picture on a machine without the font
+}
+plt.rcParams.update(RULES)
+
+# How a marker is filled says how its difference to the reference stands; "" where there is none to stand.
+FILLS = {"resolved": "full", "reference": "full", "": "full", "equivalent": "left"}
+
+
+def run(draw: Callable[[TableSet], Figure], about: str) -> None:
+    """Main function of a figure script that needs tables only."""
+    args = parser(about).parse_args()
+    save(draw(TableSet(args.tables)), args.output)
+
+
+def parser(about: str) -> argparse.ArgumentParser:
+    """Options that all figure scripts share."""
+    options = argparse.ArgumentParser(description=about.splitlines()[0])
+    options.add_argument("--tables", type=Path, required=True, help="tables folder of a study")
+    options.add_argument("--output", type=Path, required=True, help="path without suffix; .svg and .png are written")
+    return options
+
+
+def save(figure: Figure, output: Path) -> None:
+    """Write `<output>.svg` and `<output>.png` and close the figure."""
+    metadata = {"svg": {"Date": None, "Creator": None}, "png": {"Software": None}}
+    for kind, facts in metadata.items():
+        with atomic_path(output.with_name(f"{output.name}.{kind}")) as path:
+            figure.savefig(path, dpi=PIXELS_PER_INCH, metadata=facts)
+    plt.close(figure)
+
+
+def panels(count: int, columns: int, width: float, height: float, **options: object) -> tuple[Figure, list[Axes]]:
+    """A grid of `count` axes of about `width` x `height` inches each, `columns` wide, or one fewer where that leaves less empty."""
+    choices = (columns, columns - 1) if columns > 2 else (columns,)
+    columns = min(count, min(choices, key=lambda c: -count % c))
+    rows = -(-count // columns)
+    figure, grid = plt.subplots(rows, columns, figsize=(columns * width, rows * height), squeeze=False, **options)
+    axes = list(grid.flat)
+    for ax in axes[count:]:
+        ax.set_axis_off()
+    return figure, axes[:count]
+
+
+def metric_name(tables: TableSet, metric: str) -> str:
+    """Name of a metric with its unit and an arrow towards better."""
+    rows = tables.metric(metric)
+    unit = next((row["unit"] for row in rows.values()), "1")
+    arrow = {"true": " ↑", "false": " ↓", "": ""}[tables.direction(metric)]
+    return f"{metric}{'' if unit == '1' else f' ({unit})'}{arrow}"
+
+
+def entitle(ax: Axes, tables: TableSet, metric: str) -> None:
+    """The metric as the panel's title; says so where the reference has no value to compare with."""
+    compared = any(row["verdict"] for row in tables.metric(metric).values())
+    ax.set_title(metric_name(tables, metric) + ("" if compared else "\n(nothing to compare with)"))
+
+
+def point(
+    ax: Axes, row: dict, x: float, *, along: str = "y", names: tuple = ("mean", "ci_low", "ci_high"), **options
+) -> None:
+    """A marker with its interval along axis `along`; without an interval, the marker alone."""
+    look = style(row["variant"])
+    value, low, high = (row[name] for name in names)
+    error = None if low is None else [[max(0.0, value - low)], [max(0.0, high - value)]]
+    place = {"x": x, "y": value, "yerr": error} if along == "y" else {"x": value, "y": x, "xerr": error}
+    # White inside, unless filled, so that what lies behind does not look like a fill.
+    fill = {
+        "fillstyle": "full",
+        "markerfacecoloralt": "white",
+        "markersize": 7 if look.marker in "*PX" else 5.5,
+    } | options
+    if fill["fillstyle"] == "none":
+        fill |= {"fillstyle": "full", "markerfacecolor": "white"}
+    ax.errorbar(**place, color=look.color, marker=look.marker, linestyle="none", capsize=2, elinewidth=1.2, **fill)
+
+
+def fill(row: dict) -> str:
+    """Marker fill of a row by its verdict."""
+    return FILLS.get(row["verdict"], "none")
+
+
+def fill_legend(reference: str) -> list[Line2D]:
+    """Legend entries that explain `fill`."""
+    texts = {"full": "resolved", "left": "equivalent", "none": "not resolved"}
+    look = {"color": "#444444", "marker": "o", "linestyle": "none", "markersize": 6, "markerfacecoloralt": "white"}
+    about = f"difference to {style(reference).label}: "
+    return [Line2D([], [], fillstyle=name, label=about + text, **look) for name, text in texts.items()]
+
+
+def variant_legend(figure: Figure, variants: list[str], columns: int, extra: list[Line2D] | None = None) -> None:
+    """One legend below all panels."""
+    handles = [
+        Line2D(
+            [], [], color=style(v).color, marker=style(v).marker, linestyle="none", markersize=6.5, label=style(v).label
+        )
+        for v in variants
+    ]
+    figure.legend(handles=[*handles, *(extra or [])], loc="outside lower center", ncols=columns, columnspacing=1.4)
+
+
+def say_missing(ax: Axes, tables: TableSet, metric: str) -> None:
+    """Write into an empty panel why nothing is there."""
+    reasons = list(dict.fromkeys(tables.missing(metric).values()))
+    text = textwrap.fill(reasons[0] if reasons else "not measured", 36)
+    ax.text(
+        0.5, 0.5, f"no value\n{text}", transform=ax.transAxes, ha="center", va="center", fontsize=8, color="#666666"
+    )
+    ax.set(xticks=[], yticks=[])

@@ -1,0 +1,197 @@
+"""Step report: one page with tables, figures and playing videos, which opens from disk without a network.
+
+    python -m sla2_eval.report --tables results/S/tables --figures results/S/figures --videos results/S/generate --output results/S/report
+
+Writes index.html with figures/, videos/ and tables/ beside it, all by relative paths, so that the folder can be moved or zipped.
+"""
+
+import argparse
+import json
+import shutil
+import statistics
+from pathlib import Path
+
+from sla2.errors import UserError, run_main
+from sla2.files import read_json, write_folder
+from sla2_eval.palette import style
+from sla2_eval.table_set import SUMMARIES, TableSet
+
+CAPTIONS = {
+    "quality_sparsity": "Headline metrics against the sparsity that was realised. Lines join rows that differ in sparsity only; "
+    "horizontal lines with bands are the dense rows. Bars and bands are intervals of the mean; a marker without a bar has no "
+    "interval.",
+    "ablation_bars": "One part of the method changed at a time, all at the same sparsity. The grey band is the reference. "
+    "Intervals of two rows may overlap although their paired difference is resolved: judge by the fill, or by the next figure.",
+    "paired_differences": "Difference to the reference on the same prompts, seeds and initial noise. Filled: the interval leaves "
+    "out 0, also after correction for the number of metrics. Half-filled: the whole interval lies inside the margin (shaded) that was "
+    "set before the run. Hollow: neither, so this study does not tell the two apart.",
+    "pareto": "Quality against speed. The grey staircase joins rows that no other row beats in both. FLOPs are counted at the "
+    "blocks that were kept; speed-ups are measured against dense attention in the same process on the device named above the panel.",
+    "attention_error_by_layer": "Each layer's attention against dense attention on the same Q, K and V of held-out clips, so an "
+    "error is the attention's own and not the drift of layers before it.",
+    "training_curves": "What training did. Held-out curves use clips that no training saw; a hard error is that of the operator as "
+    "inference runs it, not of its soft relaxation.",
+    "contact_sheet": "Frames over time. Rows share prompt, seed and initial noise; frames come from the lossless files.",
+}
+MARKS = {"resolved": "●", "equivalent": "◐", "reference": "ref", "": ""}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tables", type=Path, required=True, help="tables folder of a study")
+    parser.add_argument("--figures", type=Path, required=True, help="folder with the .svg files")
+    parser.add_argument("--videos", type=Path, required=True, help="results/S/generate")
+    parser.add_argument("--output", type=Path, required=True, help="folder; replaced")
+    args = parser.parse_args()
+    tables = TableSet(args.tables)
+    write_folder(args.output, lambda folder: write_page(tables, args.figures, args.videos, folder))
+
+
+def write_page(tables: TableSet, figures: Path, videos: Path, folder: Path) -> None:
+    """Fill `folder` with the page and everything that it shows."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    for name in CAPTIONS:
+        copy(figures / f"{name}.svg", folder / "figures")
+    for path in sorted(tables.folder.glob("*.csv")):
+        copy(path, folder / "tables")
+    environment = Environment(
+        loader=PackageLoader("sla2_eval", "page"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    environment.policies["json.dumps_kwargs"] = {"sort_keys": False}  # variants keep the order of the sheet
+    page = environment.get_template("page.html").render(
+        study=tables.study,
+        metrics=tables.study["headline"],
+        directions={metric: tables.direction(metric) for metric in tables.study["headline"]},
+        rows=table_rows(tables),
+        verdicts=verdicts(tables),
+        limits=limits(tables),
+        captions=CAPTIONS,
+        csv_files=sorted(path.name for path in tables.folder.glob("*.csv")),
+        players=copy_videos(tables, videos, folder / "videos"),
+        provenance=read_json(tables.folder / "provenance.json"),
+        style=style,
+        number=number,
+    )
+    (folder / "index.html").write_text(page, encoding="utf-8")
+
+
+def copy(path: Path, folder: Path) -> None:
+    if not path.is_file():
+        raise UserError(f"{path}: missing; run the step that writes it")
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(path, folder / path.name)
+
+
+def copy_videos(tables: TableSet, videos: Path, folder: Path) -> dict:
+    """Copy the study's choice of videos; returns what the players need: variants, prompts, seeds, fps and a path for each."""
+    choice = tables.study["videos"]
+    prompts: dict[str, str] = {}
+    seeds: list[int] = []
+    files: dict[str, str] = {}
+    fps = 1.0
+    for variant in tables.variants:
+        manifests = sorted((videos / variant).glob("seed*/manifest.jsonl"))
+        if not manifests:
+            raise UserError(f"{videos / variant}: holds no seed*/manifest.jsonl; run the generate step")
+        for entry in map(json.loads, manifests[0].read_text(encoding="utf-8").splitlines()):
+            prompt, seed = entry["prompt_id"], entry["seed"]
+            if (prompt not in prompts and len(prompts) == choice["prompts"]) or seed >= choice["seeds"]:
+                continue
+            prompts[prompt] = entry["text"]
+            seeds += [seed] if seed not in seeds else []
+            fps = entry["fps"]
+            copy(manifests[0].parent / "videos" / f"{entry['id']}.mp4", folder / variant)
+            files[f"{variant}/{prompt}/{seed}"] = f"videos/{variant}/{entry['id']}.mp4"
+    looks = {name: {"label": style(name).label, "color": style(name).color} for name in tables.variants}
+    return {
+        "reference": tables.study["reference"],
+        "study": tables.study["study"],
+        "variants": looks,
+        "prompts": prompts,
+        "seeds": seeds,
+        "fps": fps,
+        "files": files,
+    }
+
+
+def table_rows(tables: TableSet) -> list[dict]:
+    """Cells of the main table: per variant and headline metric, the row of the summary with its mark, or why there is none."""
+    lines = []
+    for name, sheet in tables.variants.items():
+        cells = []
+        for metric in tables.study["headline"]:
+            row = tables.metric(metric).get(name)
+            if row is None:
+                cells.append({"row": None, "reason": tables.missing(metric)[name]})
+            else:
+                cells.append({"row": row, "mark": MARKS.get(row["verdict"], "○")})
+        lines.append({"variant": name, "sheet": sheet, "cells": cells})
+    return lines
+
+
+def verdicts(tables: TableSet) -> dict:
+    """Headline comparisons by verdict: those resolved as rows, the others as counts."""
+    compared = [
+        row
+        for metric in tables.study["headline"]
+        for row in tables.metric(metric).values()
+        if row["verdict"] not in ("", "reference")
+    ]
+    resolved = [row for row in compared if row["verdict"] == "resolved"]
+    equivalent = sum(row["verdict"] == "equivalent" for row in compared)
+    return {
+        "count": len(compared),
+        "resolved": resolved,
+        "equivalent": equivalent,
+        "unresolved": len(compared) - len(resolved) - equivalent,
+    }
+
+
+def limits(tables: TableSet) -> dict:
+    """Facts behind the paragraphs on what the study can and cannot tell."""
+    rows = [row for name in SUMMARIES for row in tables.rows(name) if row["layer"] is None]
+    headline = [row for row in rows if row["metric"] in tables.study["headline"]]
+    widths = {}
+    for metric in tables.study["headline"]:
+        found = [
+            (row["difference_high"] - row["difference_low"]) / 2
+            for row in tables.metric(metric).values()
+            if row["difference_low"] is not None
+        ]
+        if found:
+            widths[metric] = statistics.median(found)
+    absent: dict[str, str] = {}
+    for row in rows:
+        if row["mean"] is None and not tables.metric(row["metric"]):
+            absent[row["metric"]] = row["reason"]
+    return {
+        "prompts": int(max((row["n_prompts"] for row in headline), default=0)),
+        "seeds": int(max((row["n_seeds"] for row in headline), default=0)),
+        "widths": widths,
+        "units": {row["metric"]: "" if row["unit"] == "1" else row["unit"] for row in headline},
+        "trained_more": spreads(headline),
+        "absent": absent,
+        "undefined": [row for row in rows if row["n_undefined"] and row["mean"] is not None],
+        "flagged": [row for row in rows if row["metric"].startswith("guard.") and row["mean"]],
+    }
+
+
+def spreads(headline: list[dict]) -> dict[str, list[dict]]:
+    """Rows of headline metrics with several training runs, by variant."""
+    found: dict[str, list[dict]] = {}
+    for row in headline:
+        if row["sd_train_seeds"] is not None and row["n_prompts"]:
+            found.setdefault(row["variant"], []).append(row)
+    return found
+
+
+def number(value: float | None) -> str:
+    """Four significant digits, for people."""
+    if value is None:
+        return "–"
+    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:#.4g}" if value else "0"
+
+
+if __name__ == "__main__":
+    run_main(main)

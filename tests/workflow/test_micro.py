@@ -1,0 +1,95 @@
+"""The whole DAG for real on a study of seconds: every step runs, and what it leaves fits together."""
+
+import csv
+import json
+import zipfile
+from pathlib import Path
+
+import pytest
+from checkouts import PARTS, ROOT, Checkout, copy_checkout
+
+from sla2.record import read_records
+
+CONFIG = ("--configfile", "tests/workflow/micro.yaml")
+ROWS = {"base": 1, "full": 1, "sla-95": 1, "sla2-90": 2}
+pytestmark = pytest.mark.xdist_group("micro")
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory) -> Checkout:
+    folder = copy_checkout(ROOT, tmp_path_factory.mktemp("micro") / "checkout", PARTS)
+    (folder / "tests/workflow").mkdir(parents=True)
+    for name in ("micro.yaml", "prompts.tsv"):
+        (folder / "tests/workflow" / name).write_bytes((ROOT / "tests/workflow" / name).read_bytes())
+    checkout = Checkout(folder)
+    checkout.snakemake("ablations", *CONFIG)
+    return checkout
+
+
+@pytest.fixture
+def results(study) -> Path:
+    return study.folder / "results/micro"
+
+
+def test_second_run_has_nothing_to_do(study):
+    done = study.snakemake("ablations", *CONFIG)
+    assert "Nothing to be done" in done.stdout + done.stderr
+
+
+def test_same_noise_for_every_variant(results):
+    noises = []
+    for name, seeds in ROWS.items():
+        folders = sorted(path.name for path in (results / "generate" / name).iterdir())
+        assert folders == [f"seed{seed}" for seed in range(seeds)]
+        for folder in folders:
+            lines = (results / "generate" / name / folder / "manifest.jsonl").read_text().splitlines()
+            rows = [json.loads(line) for line in lines]
+            noises.append({(row["prompt_id"], row["seed"]): row["noise_sha256"] for row in rows})
+            for row in rows:
+                stem = f"{row['prompt_id']}-s{row['seed']}"
+                assert (results / "generate" / name / folder / f"videos/{stem}.mp4").stat().st_size
+                assert (results / "generate" / name / folder / f"lossless/{stem}.mkv").stat().st_size
+    assert len(noises[0]) == 4
+    assert len(set(noises[0].values())) == 4
+    assert all(noise == noises[0] for noise in noises)
+
+
+def test_records_of_every_variant(results):
+    for name, seeds in ROWS.items():
+        records = read_records(results / "score" / f"{name}.csv")
+        assert {record.variant for record in records} == {name}
+        assert {record.study for record in records} == {"micro"}
+        videos = {record.train_seed for record in records if record.metric == "temporal_flickering"}
+        assert len(videos) == seeds
+    assert {record.variant for record in read_records(results / "latency/latency.csv")} == set(ROWS)
+
+
+def test_tables_hold_every_variant(results):
+    for table in ("quality", "fidelity", "attention", "efficiency", "training", "ablation", "variants"):
+        with (results / f"tables/{table}.csv").open(newline="") as file:
+            assert list(csv.DictReader(file)), table
+    with (results / "tables/ablation.csv").open(newline="") as file:
+        assert {row["variant"] for row in csv.DictReader(file)} == set(ROWS)
+
+
+def test_every_job_left_a_log(results):
+    logs = {path.relative_to(results / "logs").as_posix() for path in (results / "logs").rglob("*.log")}
+    wanted = {"data.log", "base_model.log", "latency.log", "score/judge.log", "report/tables.log", "report/report.log"}
+    wanted |= {
+        f"stage2/{name}-seed{seed}.log" for name, seeds in ROWS.items() for seed in range(seeds) if name != "base"
+    }
+    wanted |= {"stage1/learned-alpha-90.log"}
+    assert wanted <= logs
+
+
+def test_page_opens_from_disk(results):
+    page = (results / "report/index.html").read_text()
+    assert "http://" not in page.replace("http://www.w3.org", "")
+    assert 'src="/' not in page
+    assert list((results / "report").rglob("*.mp4"))
+
+
+def test_report_archive(study, results):
+    study.snakemake("ablations", *CONFIG, "--report", "results/micro/report.zip")
+    with zipfile.ZipFile(results / "report.zip") as archive:
+        assert any(name.endswith(".mp4") for name in archive.namelist())

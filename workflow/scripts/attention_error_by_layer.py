@@ -1,0 +1,44 @@
+"""Attention error of each layer against dense attention on the same Q, K and V."""
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from sla2.errors import run_main
+from sla2_eval import plot
+from sla2_eval.palette import style
+from sla2_eval.table_set import TableSet
+
+PANELS = {
+    "attention.rel_l1": "relative L1 error of the output ↓",
+    "attention.cosine": "cosine with the dense output ↑",
+    "attention.kept_mass": "softmax mass in the kept blocks ↑",
+    "attention.alpha_error": "mean |α − kept mass| ↓",
+}
+
+
+def draw(tables: TableSet) -> Figure:
+    layers = sorted({row["layer"] for row in tables.rows("attention") if row["layer"] is not None})
+    metrics = [m for m in PANELS if any(tables.metric(m, layer) for layer in layers)] or list(PANELS)[:1]
+    figure, axes = plot.panels(len(metrics), 2, 4.6, 2.7)
+    shown: list[str] = []
+    for ax, metric in zip(axes, metrics, strict=True):
+        ax.set_title(PANELS[metric])
+        if not layers:
+            plot.say_missing(ax, tables, metric)
+            continue
+        by_layer = {layer: tables.metric(metric, layer) for layer in layers}
+        for name in tables.variants:
+            points = [(layer, rows[name]["mean"]) for layer, rows in by_layer.items() if name in rows]
+            if points:
+                look = style(name)
+                ax.plot(*zip(*points, strict=True), color=look.color, marker=look.marker, markersize=4.5, alpha=0.9)
+                shown += [name] if name not in shown else []
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        ax.set_xlabel("layer")
+    if shown:
+        plot.variant_legend(figure, shown, 3)
+    return figure
+
+
+if __name__ == "__main__":
+    run_main(lambda: plot.run(draw, __doc__))
