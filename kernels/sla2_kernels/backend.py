@@ -1,19 +1,30 @@
 """Which implementation serves a tensor."""
 
+import triton
 from torch import Tensor
 
-BACKENDS = ("auto", "reference")
+from sla2_kernels.launch import DTYPES, architecture
+
+BACKENDS = ("auto", "reference", "triton")
 
 
 def resolve_backend(backend: str, tensor: Tensor) -> str:
-    """The implementation that `backend` means for a tensor.
+    """The implementation, `reference` or `triton`, that `backend` means for a tensor.
 
-    `reference` is plain torch on any device. Triton kernels are not part of this version, so `triton` is refused and `auto`
-    is the reference.
+    `reference` is plain torch on any device; `auto` is Triton for CUDA tensors and the reference for CPU ones.
 
     Raises:
-        ValueError: for a backend that is not served.
+        ValueError: for a backend that does not exist, or a device, GPU or dtype that Triton does not serve.
     """
     if backend not in BACKENDS:
-        raise ValueError(f"backend is {backend!r}; this version serves {', '.join(BACKENDS)} (on {tensor.device.type})")
-    return "reference"
+        raise ValueError(f"backend is {backend!r}, choose one of {', '.join(BACKENDS)}")
+    if backend == "auto":
+        backend = "triton" if tensor.is_cuda else "reference"
+    if backend == "triton":
+        if not tensor.is_cuda and not triton.knobs.runtime.interpret:
+            raise ValueError(f"backend triton serves CUDA tensors, this one is on {tensor.device}; choose reference")
+        if tensor.dtype not in DTYPES:
+            served = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+            raise ValueError(f"backend triton serves {served}, this tensor is {tensor.dtype}; choose reference")
+        architecture(tensor.device)
+    return backend

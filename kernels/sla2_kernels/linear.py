@@ -1,0 +1,211 @@
+"""Linear attention over weighted key blocks.
+
+    h_j = phi(K_j)^T V_j,  z_j = phi(K_j)^T 1,  H_i = sum_j W_ij h_j,  Z_i = sum_j W_ij z_j,  O_i = phi(Q_i) H_i / (phi(Q_i) Z_i)
+    with n = phi(Q_i) Z_i and E = rowsum(dO O):  dH_i = phi(Q_i)^T (dO / n),  dZ_i = -phi(Q_i)^T (E / n),
+    dphi(Q_i) = (dO H_i^T - E Z_i^T) / n,  dh_j = sum_i W_ij dH_i,  dz_j = sum_i W_ij dZ_i,
+    dphi(K_j) = V_j dh_j^T + dz_j^T,  dV_j = phi(K_j) dh_j,  dW_ij = <dH_i, h_j> + <dZ_i, z_j>
+
+Saved for the backward: Q, K, V, W, h, z, H, Z. h and H have the inputs' dtype; z, Z and the normaliser n are fp32.
+
+Legend: B batch, H heads, N tokens, D head size, BD the power of two that holds D, BLOCK tokens of a block, BM tokens of a tile.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sla2_kernels.launch import linear_config
+from sla2_kernels.primitives import dot, head_offset, load_tile, on_device, power_of_two, store_tile
+from sla2_kernels.product import product
+
+
+@triton.jit
+def feature(x, rows, N, D: tl.constexpr, BD: tl.constexpr, FEATURE: tl.constexpr):
+    """phi of rows [rows, BD], fp32; zero past D and past N."""
+    x = x.to(tl.float32)
+    valid = (rows[:, None] < N) & (tl.arange(0, BD)[None, :] < D)
+    if FEATURE == "softmax":
+        within = tl.where(tl.arange(0, BD)[None, :] < D, x, float("-inf"))
+        e = tl.exp(within - tl.max(within, 1)[:, None])
+        phi = e / tl.sum(e, 1)[:, None]
+    elif FEATURE == "elu":
+        phi = tl.where(x > 0, x + 1, tl.exp(tl.minimum(x, 0.0)))
+    else:
+        phi = tl.maximum(x, 0.0)
+    return tl.where(valid, phi, 0.0)
+
+
+@triton.jit
+def feature_gradient(x, phi, dphi, FEATURE: tl.constexpr):
+    """Gradient of x from that of phi, [rows, BD]."""
+    if FEATURE == "softmax":
+        return phi * (dphi - tl.sum(phi * dphi, 1)[:, None])
+    if FEATURE == "elu":
+        return dphi * tl.minimum(phi, 1.0)
+    return tl.where(x > 0, dphi, 0.0)
+
+
+@triton.jit
+def load_state(base, D: tl.constexpr, BD: tl.constexpr):
+    """One h or H, [BD, BD], from D x D contiguous numbers."""
+    return load_tile(base, tl.arange(0, BD), D, D, D, BD, BD != D)
+
+
+@triton.jit
+def load_sum(base, D: tl.constexpr, BD: tl.constexpr):
+    """One z or Z, [BD]."""
+    return tl.load(base + tl.arange(0, BD), mask=tl.arange(0, BD) < D, other=0.0)
+
+
+@triton.jit
+def linear_rows(phi, state, total, BM: tl.constexpr):
+    """phi H / (phi Z) [BM, BD] fp32 and 1 / (phi Z) [BM], both zero in rows with no block; `phi` has the state's dtype."""
+    normaliser = tl.sum(phi.to(tl.float32) * total[None, :], 1)  # [BM]
+    inverse = tl.where(normaliser > 0, 1 / tl.where(normaliser > 0, normaliser, 1.0), 0.0)
+    return dot(phi, state) * inverse[:, None], inverse
+
+
+@triton.jit
+def _state_kernel(k, v, h, z, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, H, N, blocks,
+                  D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BLOCK: tl.constexpr,
+                  FEATURE: tl.constexpr):  # fmt: skip
+    i_n, i_bh = tl.program_id(0), tl.program_id(1)
+    k += head_offset(i_bh, H, stride_kb, stride_kh)
+    v += head_offset(i_bh, H, stride_vb, stride_vh)
+    state = tl.zeros([BD, BD], tl.float32)
+    total = tl.zeros([BD], tl.float32)
+    for part in tl.static_range(BLOCK // BM):
+        rows = i_n * BLOCK + part * BM + tl.arange(0, BM)
+        v_tile = load_tile(v, rows, stride_vn, N, D, BD, True)  # [BM, BD]
+        phi = feature(load_tile(k, rows, stride_kn, N, D, BD, True), rows, N, D, BD, FEATURE).to(v_tile.dtype)
+        total += tl.sum(phi.to(tl.float32), 0)  # of the rounded phi, so that a constant V comes out constant
+        state = dot(tl.trans(phi), v_tile, state)
+    line = i_bh.to(tl.int64) * blocks + i_n
+    store_tile(h + line * D * D, state, tl.arange(0, BD), D, D, D, BD)
+    tl.store(z + line * D + tl.arange(0, BD), total, mask=tl.arange(0, BD) < D)
+
+
+@triton.jit
+def _rows_kernel(q, state, total, o, stride_qb, stride_qh, stride_qn, stride_ob, stride_oh, stride_on, H, NQ,
+                 D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BLOCK: tl.constexpr,
+                 FEATURE: tl.constexpr):  # fmt: skip
+    i_m, i_bh = tl.program_id(0), tl.program_id(1)
+    rows = i_m * BM + tl.arange(0, BM)
+    line = i_bh.to(tl.int64) * tl.cdiv(NQ, BLOCK) + i_m * BM // BLOCK
+    q_tile = load_tile(q + head_offset(i_bh, H, stride_qb, stride_qh), rows, stride_qn, NQ, D, BD, True)  # [BM, BD]
+    phi = feature(q_tile, rows, NQ, D, BD, FEATURE).to(q_tile.dtype)
+    out, _ = linear_rows(phi, load_state(state + line * D * D, D, BD), load_sum(total + line * D, D, BD), BM)
+    store_tile(o + head_offset(i_bh, H, stride_ob, stride_oh), out, rows, stride_on, NQ, D, BD)
+
+
+@triton.jit
+def _rows_backward_kernel(q, do, state, total, dq, dstate, dtotal, stride_qb, stride_qh, stride_qn,
+                          stride_db, stride_dh, stride_dn, stride_gb, stride_gh, stride_gn, H, NQ, blocks,
+                          D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BLOCK: tl.constexpr,
+                          FEATURE: tl.constexpr):  # fmt: skip
+    i_m, i_bh = tl.program_id(0), tl.program_id(1)
+    line = i_bh.to(tl.int64) * blocks + i_m
+    state_tile = load_state(state + line * D * D, D, BD)  # [BD, BD]
+    total_tile = load_sum(total + line * D, D, BD)  # [BD]
+    grad_state = tl.zeros([BD, BD], tl.float32)
+    grad_total = tl.zeros([BD], tl.float32)
+    for part in tl.static_range(BLOCK // BM):
+        rows = i_m * BLOCK + part * BM + tl.arange(0, BM)
+        q_tile = load_tile(q + head_offset(i_bh, H, stride_qb, stride_qh), rows, stride_qn, NQ, D, BD, True)
+        do_tile = load_tile(do + head_offset(i_bh, H, stride_db, stride_dh), rows, stride_dn, NQ, D, BD, True)
+        phi = feature(q_tile, rows, NQ, D, BD, FEATURE)  # [BM, BD]
+        low = phi.to(q_tile.dtype)
+        out, inverse = linear_rows(low, state_tile, total_tile, BM)
+        scaled = do_tile.to(tl.float32) * inverse[:, None]  # dO / n
+        error = tl.sum(scaled * out, 1)  # E / n
+        grad_state = dot(tl.trans(low), scaled.to(low.dtype), grad_state)
+        grad_total -= tl.sum(low.to(tl.float32) * error[:, None], 0)
+        dphi = dot(do_tile, tl.trans(state_tile)) * inverse[:, None] - error[:, None] * total_tile[None, :]
+        grad = feature_gradient(q_tile.to(tl.float32), phi, dphi, FEATURE)
+        store_tile(dq + head_offset(i_bh, H, stride_gb, stride_gh), grad, rows, stride_gn, NQ, D, BD)
+    store_tile(dstate + line * D * D, grad_state, tl.arange(0, BD), D, D, D, BD)
+    tl.store(dtotal + line * D + tl.arange(0, BD), grad_total, mask=tl.arange(0, BD) < D)
+
+
+@triton.jit
+def _state_backward_kernel(k, v, dh, dz, dk, dv, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
+                           stride_gb, stride_gh, stride_gn, stride_wb, stride_wh, stride_wn, H, N, blocks,
+                           D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BLOCK: tl.constexpr,
+                           FEATURE: tl.constexpr):  # fmt: skip
+    i_n, i_bh = tl.program_id(0), tl.program_id(1)
+    line = i_bh.to(tl.int64) * blocks + i_n
+    grad_state = load_state(dh + line * D * D, D, BD)  # [BD, BD]
+    grad_total = load_sum(dz + line * D, D, BD)  # [BD]
+    for part in tl.static_range(BLOCK // BM):
+        rows = i_n * BLOCK + part * BM + tl.arange(0, BM)
+        k_tile = load_tile(k + head_offset(i_bh, H, stride_kb, stride_kh), rows, stride_kn, N, D, BD, True)  # [BM, BD]
+        v_tile = load_tile(v + head_offset(i_bh, H, stride_vb, stride_vh), rows, stride_vn, N, D, BD, True)
+        phi = feature(k_tile, rows, N, D, BD, FEATURE)
+        dphi = dot(v_tile, tl.trans(grad_state)) + grad_total[None, :]
+        grad_k = feature_gradient(k_tile.to(tl.float32), phi, dphi, FEATURE)
+        grad_v = dot(phi.to(v_tile.dtype), grad_state)
+        store_tile(dk + head_offset(i_bh, H, stride_gb, stride_gh), grad_k, rows, stride_gn, N, D, BD)
+        store_tile(dv + head_offset(i_bh, H, stride_wb, stride_wh), grad_v, rows, stride_wn, N, D, BD)
+
+
+def block_states(k: Tensor, v: Tensor, block_k: int, feature_map: str) -> tuple[Tensor, Tensor]:
+    """h (B * H, T_n, D, D) in the inputs' dtype and z (B * H, T_n, D) fp32 of every key block; k, v are (B, H, N, D)."""
+    B, H, N, D = k.shape
+    blocks = triton.cdiv(N, block_k)
+    h = torch.empty(B * H, blocks, D, D, dtype=k.dtype, device=k.device)
+    z = torch.empty(B * H, blocks, D, dtype=torch.float32, device=k.device)
+    BM, num_warps = linear_config(k, block_k)
+    with on_device(k):
+        _state_kernel[(blocks, B * H)](
+            k, v, h, z, *k.stride()[:3], *v.stride()[:3], H, N, blocks,
+            D=D, BD=power_of_two(D), BM=BM, BLOCK=block_k, FEATURE=feature_map, num_warps=num_warps)  # fmt: skip
+    return h, z
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, block_q: int, block_k: int,
+            feature_map: str) -> tuple[Tensor, ...]:  # fmt: skip
+    """O (B, H, NQ, D), and h, z, H, Z for the backward.
+
+    Args:
+        q: (B, H, NQ, D); k, v: (B, H, N, D), last dimension contiguous.
+        weight: (B, H, T_m, T_n), bool or floating.
+    """
+    B, H, NQ, D = q.shape
+    h, z = block_states(k, v, block_k, feature_map)
+    weight = weight.flatten(0, 1)
+    state, total = product(weight, h.flatten(2)).view(B * H, -1, D, D), product(weight, z)
+    o = torch.empty_like(q)
+    BM, num_warps = linear_config(q, block_q)
+    with on_device(q):
+        _rows_kernel[(triton.cdiv(NQ, BM), B * H)](
+            q, state, total, o, *q.stride()[:3], *o.stride()[:3], H, NQ,
+            D=D, BD=power_of_two(D), BM=BM, BLOCK=block_q, FEATURE=feature_map, num_warps=num_warps)  # fmt: skip
+    return o, h, z, state, total
+
+
+def backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, weight: Tensor, h: Tensor, z: Tensor, state: Tensor,
+             total: Tensor, block_q: int, block_k: int, feature_map: str,
+             weight_gradient: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """Gradients of q, k, v and, if asked for, of weight."""
+    B, H, NQ, D = q.shape
+    N = k.shape[2]
+    shared = {"D": D, "BD": power_of_two(D), "FEATURE": feature_map}
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    dstate, dtotal = torch.empty_like(state), torch.empty_like(total)
+    rows, blocks = triton.cdiv(NQ, block_q), triton.cdiv(N, block_k)
+    weight = weight.flatten(0, 1)
+    with on_device(q):
+        BM, num_warps = linear_config(q, block_q)
+        _rows_backward_kernel[(rows, B * H)](
+            q, do, state, total, dq, dstate, dtotal, *q.stride()[:3], *do.stride()[:3], *dq.stride()[:3], H, NQ, rows,
+            BM=BM, BLOCK=block_q, num_warps=num_warps, **shared)  # fmt: skip
+        dh, dz = product(weight.mT, dstate.flatten(2)), product(weight.mT, dtotal)
+        BM, num_warps = linear_config(k, block_k)
+        _state_backward_kernel[(blocks, B * H)](
+            k, v, dh, dz, dk, dv, *k.stride()[:3], *v.stride()[:3], *dk.stride()[:3], *dv.stride()[:3], H, N, blocks,
+            BM=BM, BLOCK=block_k, num_warps=num_warps, **shared)  # fmt: skip
+    if not weight_gradient:
+        return dq, dk, dv, None
+    grad_weight = product(dstate.flatten(2), h.flatten(2).mT, torch.float32) + product(dtotal, z.mT)
+    return dq, dk, dv, grad_weight.unflatten(0, (B, H))

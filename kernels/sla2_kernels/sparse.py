@@ -1,0 +1,242 @@
+"""Softmax attention over chosen key blocks, or over all of them with a soft block mask.
+
+    S = Q K^T / sqrt(D) (+ log M per block),  P = softmax over the kept blocks,  O = P V,  L = log-sum-exp of a row of S
+    dV = P^T dO,  dS = P (dO V^T - rowsum(dO O)),  dQ = dS K / sqrt(D),  dK = dS^T Q / sqrt(D),  dlog M = block sum of dS
+
+Saved for the backward: Q, K, V, O, L and the lookup tables; P is formed again tile by tile.
+
+Legend: B batch, H heads, N tokens, D head size, BD the power of two that holds D, BLOCK_Q and BLOCK_K tokens of the mask's blocks,
+BM and BN tokens of a tile. A table line ascends, so a ragged last key block comes last and every other step needs no mask.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sla2_kernels.launch import config
+from sla2_kernels.primitives import LOG2E, LOWEST, dot, head_offset, load_tile, on_device, power_of_two, store_tile
+
+
+@triton.jit
+def tile_rows(table, step, BN: tl.constexpr, BLOCK: tl.constexpr, SOFT: tl.constexpr):
+    """Tokens of tile `step`, [BN], among the blocks that `table` lists, laid end to end; SOFT: among all blocks."""
+    inside = tl.arange(0, BN)
+    if SOFT:
+        return step * BN + inside
+    if BN <= BLOCK:
+        return tl.load(table + step * BN // BLOCK) * BLOCK + step * BN % BLOCK + inside
+    return tl.load(table + step * (BN // BLOCK) + inside // BLOCK) * BLOCK + inside % BLOCK
+
+
+@triton.jit
+def attend(q, acc, top, total, k, v, table, bias, begin, end, scale, N, stride_kn, stride_vn,
+           D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, BLOCK_K: tl.constexpr, SOFT: tl.constexpr,
+           MASKED: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+    """Online softmax over the key tiles begin .. end of the kept blocks; `top` and `scale` are in units of log2."""
+    for step in tl.range(begin, end, num_stages=STAGES):
+        rows = tile_rows(table, step, BN, BLOCK_K, SOFT)
+        k_tile = load_tile(k, rows, stride_kn, N, D, BD, MASKED)  # [BN, BD]
+        scores = dot(q, tl.trans(k_tile))  # [BM, BN]
+        if MASKED:
+            scores = tl.where(rows[None, :] < N, scores, float("-inf"))
+        shift = tl.load(bias + step * BN // BLOCK_K).to(tl.float32) * LOG2E if SOFT else 0.0
+        new_top = tl.maximum(top, tl.max(scores, 1) * scale + shift)  # [BM]
+        p = tl.math.exp2(scores * scale - (new_top - shift)[:, None])  # one fused multiply-add a score
+        shrink = tl.math.exp2(top - new_top)
+        total = total * shrink + tl.sum(p, 1)
+        v_tile = load_tile(v, rows, stride_vn, N, D, BD, MASKED)  # [BN, BD]
+        acc = dot(p.to(v_tile.dtype), v_tile, acc * shrink[:, None])
+        top = new_top
+    return acc, top, total
+
+
+@triton.jit
+def clean_blocks(table, count, N, BLOCK_K: tl.constexpr, SOFT: tl.constexpr):
+    """How many of the kept blocks come before the ragged last one."""
+    last = count - 1 if SOFT else tl.load(table + count - 1, mask=count > 0, other=0)
+    return tl.where((last + 1) * BLOCK_K > N, count - 1, count)
+
+
+@triton.jit
+def sparse_rows(q_tile, k, v, table, bias, count, scale, N, stride_kn, stride_vn,
+                BM: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BLOCK_K: tl.constexpr, PAIR: tl.constexpr,
+                SOFT: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+    """Output rows [BM, BD] fp32 of one query tile and their log-sum-exp [BM], base 2; PAIR blocks a step while they last."""
+    acc = tl.zeros([BM, BD], tl.float32)
+    top = tl.full([BM], LOWEST, tl.float32)
+    total = tl.zeros([BM], tl.float32)
+    steps = clean_blocks(table, count, N, BLOCK_K, SOFT) // PAIR
+    acc, top, total = attend(
+        q_tile, acc, top, total, k, v, table, bias, 0, steps, scale, N, stride_kn, stride_vn,
+        D, BD, PAIR * BLOCK_K, BLOCK_K, SOFT, False, STAGES)  # fmt: skip
+    acc, top, total = attend(
+        q_tile, acc, top, total, k, v, table, bias, steps * PAIR, count, scale, N, stride_kn, stride_vn,
+        D, BD, BLOCK_K, BLOCK_K, SOFT, True, 1)  # fmt: skip
+    return acc / total[:, None], top + tl.math.log2(total)
+
+
+@triton.jit
+def _forward_kernel(q, k, v, table, count, bias, o, lse,
+                    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
+                    stride_ob, stride_oh, stride_on, H, NQ, N, entries, scale,
+                    D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+                    PAIR: tl.constexpr, SOFT: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+    i_m, i_bh = tl.program_id(0), tl.program_id(1)
+    rows = i_m * BM + tl.arange(0, BM)
+    line = i_bh.to(tl.int64) * tl.cdiv(NQ, BLOCK_Q) + i_m * BM // BLOCK_Q
+    q_tile = load_tile(q + head_offset(i_bh, H, stride_qb, stride_qh), rows, stride_qn, NQ, D, BD, True)  # [BM, BD]
+    kept = entries if SOFT else tl.load(count + line)
+    out, log_sum = sparse_rows(
+        q_tile, k + head_offset(i_bh, H, stride_kb, stride_kh), v + head_offset(i_bh, H, stride_vb, stride_vh),
+        table + line * entries, bias + line * entries, kept, scale * LOG2E, N, stride_kn, stride_vn,
+        BM, D, BD, BLOCK_K, PAIR, SOFT, STAGES)  # fmt: skip
+    store_tile(o + head_offset(i_bh, H, stride_ob, stride_oh), out, rows, stride_on, NQ, D, BD)
+    tl.store(lse + i_bh.to(tl.int64) * NQ + rows, log_sum / LOG2E, mask=rows < NQ)
+
+
+@triton.jit
+def query_gradient(q_tile, do_tile, grad, lse2, delta, k, v, table, bias, grad_bias, begin, end, scale, N,
+                   stride_kn, stride_vn, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, BLOCK_K: tl.constexpr,
+                   SOFT: tl.constexpr, MASKED: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+    """Add dS K over the key tiles begin .. end to `grad` [BM, BD], and each block's sum of dS to `grad_bias`."""
+    for step in tl.range(begin, end, num_stages=STAGES):
+        rows = tile_rows(table, step, BN, BLOCK_K, SOFT)
+        k_tile = load_tile(k, rows, stride_kn, N, D, BD, MASKED)  # [BN, BD]
+        v_tile = load_tile(v, rows, stride_vn, N, D, BD, MASKED)  # [BN, BD]
+        scores = dot(q_tile, tl.trans(k_tile))  # [BM, BN]
+        if MASKED:
+            scores = tl.where(rows[None, :] < N, scores, float("-inf"))
+        shift = tl.load(bias + step * BN // BLOCK_K).to(tl.float32) * LOG2E if SOFT else 0.0
+        ds = tl.math.exp2(scores * scale - (lse2 - shift)[:, None])  # P
+        ds *= dot(do_tile, tl.trans(v_tile)) - delta[:, None]  # [BM, BN]
+        if SOFT:
+            tl.atomic_add(grad_bias + step * BN // BLOCK_K, tl.sum(ds))
+        grad = dot(ds.to(k_tile.dtype), k_tile, grad)
+    return grad
+
+
+@triton.jit
+def _query_backward_kernel(q, k, v, o, do, lse, table, count, bias, dq, delta, grad_bias,
+                           stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
+                           stride_vb, stride_vh, stride_vn, stride_ob, stride_oh, stride_on,
+                           stride_db, stride_dh, stride_dn, stride_gb, stride_gh, stride_gn, H, NQ, N, entries, scale,
+                           D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BLOCK_Q: tl.constexpr,
+                           BLOCK_K: tl.constexpr, SOFT: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+    i_m, i_bh = tl.program_id(0), tl.program_id(1)
+    rows = i_m * BM + tl.arange(0, BM)
+    line = i_bh.to(tl.int64) * tl.cdiv(NQ, BLOCK_Q) + i_m * BM // BLOCK_Q
+    q_tile = load_tile(q + head_offset(i_bh, H, stride_qb, stride_qh), rows, stride_qn, NQ, D, BD, True)  # [BM, BD]
+    o_tile = load_tile(o + head_offset(i_bh, H, stride_ob, stride_oh), rows, stride_on, NQ, D, BD, True)
+    do_tile = load_tile(do + head_offset(i_bh, H, stride_db, stride_dh), rows, stride_dn, NQ, D, BD, True)
+    at = i_bh.to(tl.int64) * NQ + rows
+    rows_delta = tl.sum(o_tile.to(tl.float32) * do_tile.to(tl.float32), 1)  # [BM]
+    tl.store(delta + at, rows_delta, mask=rows < NQ)
+    lse2 = tl.load(lse + at, mask=rows < NQ, other=float("inf")) * LOG2E
+    k += head_offset(i_bh, H, stride_kb, stride_kh)
+    v += head_offset(i_bh, H, stride_vb, stride_vh)
+    table, bias, grad_bias = table + line * entries, bias + line * entries, grad_bias + line * entries
+    kept = entries if SOFT else tl.load(count + line)
+    clean = clean_blocks(table, kept, N, BLOCK_K, SOFT)
+    grad = tl.zeros([BM, BD], tl.float32)
+    grad = query_gradient(
+        q_tile, do_tile, grad, lse2, rows_delta, k, v, table, bias, grad_bias, 0, clean, scale * LOG2E, N,
+        stride_kn, stride_vn, D, BD, BLOCK_K, BLOCK_K, SOFT, False, STAGES)  # fmt: skip
+    grad = query_gradient(
+        q_tile, do_tile, grad, lse2, rows_delta, k, v, table, bias, grad_bias, clean, kept, scale * LOG2E, N,
+        stride_kn, stride_vn, D, BD, BLOCK_K, BLOCK_K, SOFT, True, 1)  # fmt: skip
+    store_tile(dq + head_offset(i_bh, H, stride_gb, stride_gh), grad * scale, rows, stride_gn, NQ, D, BD)
+
+
+@triton.jit
+def _key_backward_kernel(q, k, v, do, lse, delta, table, count, bias, dk, dv,
+                         stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
+                         stride_vb, stride_vh, stride_vn, stride_db, stride_dh, stride_dn,
+                         stride_gb, stride_gh, stride_gn, stride_wb, stride_wh, stride_wn, H, NQ, N, entries, blocks, scale,
+                         D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BLOCK_Q: tl.constexpr,
+                         BLOCK_K: tl.constexpr, SOFT: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+    i_n, i_bh = tl.program_id(0), tl.program_id(1)
+    keys = i_n * BLOCK_K + tl.arange(0, BLOCK_K)
+    k_tile = load_tile(k + head_offset(i_bh, H, stride_kb, stride_kh), keys, stride_kn, N, D, BD, True)  # [BN, BD]
+    v_tile = load_tile(v + head_offset(i_bh, H, stride_vb, stride_vh), keys, stride_vn, N, D, BD, True)
+    q += head_offset(i_bh, H, stride_qb, stride_qh)
+    do += head_offset(i_bh, H, stride_db, stride_dh)
+    first = i_bh.to(tl.int64) * NQ
+    line = i_bh.to(tl.int64) * blocks + i_n
+    grad_k = tl.zeros([BLOCK_K, BD], tl.float32)
+    grad_v = tl.zeros([BLOCK_K, BD], tl.float32)
+    seen = entries if SOFT else tl.load(count + line)
+    for step in tl.range(0, seen * (BLOCK_Q // BM), num_stages=STAGES):
+        rows = tile_rows(table + line * entries, step, BM, BLOCK_Q, SOFT)
+        q_tile = load_tile(q, rows, stride_qn, NQ, D, BD, True)  # [BM, BD]
+        do_tile = load_tile(do, rows, stride_dn, NQ, D, BD, True)  # [BM, BD]
+        # Rows past the end get P = exp2(-inf) = 0. Key rows past the end touch only gradients that are not stored.
+        lse2 = tl.load(lse + first + rows, mask=rows < NQ, other=float("inf")) * LOG2E  # [BM]
+        row_delta = tl.load(delta + first + rows, mask=rows < NQ, other=0.0)
+        if SOFT:
+            block = (i_bh.to(tl.int64) * entries + step * BM // BLOCK_Q) * blocks + i_n
+            lse2 -= tl.load(bias + block).to(tl.float32) * LOG2E
+        p = tl.math.exp2(dot(k_tile, tl.trans(q_tile)) * (scale * LOG2E) - lse2[None, :])  # [BN, BM]
+        grad_v = dot(p.to(do_tile.dtype), do_tile, grad_v)
+        ds = p * (dot(v_tile, tl.trans(do_tile)) - row_delta[None, :])
+        grad_k = dot(ds.to(q_tile.dtype), q_tile, grad_k)
+    store_tile(dk + head_offset(i_bh, H, stride_gb, stride_gh), grad_k * scale, keys, stride_gn, N, D, BD)
+    store_tile(dv + head_offset(i_bh, H, stride_wb, stride_wh), grad_v, keys, stride_wn, N, D, BD)
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, tables: tuple[Tensor, Tensor] | None, log_mask: Tensor | None,
+            block_q: int, block_k: int) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """O (B, H, NQ, D) and L (B, H, NQ) over the blocks of a lookup table, or over all blocks with `log_mask` added.
+
+    Args:
+        q: (B, H, NQ, D); k, v: (B, H, N, D), last dimension contiguous.
+        tables: key blocks of each query block, see `lookup`; None if `log_mask` (B, H, T_m, T_n) is given.
+    """
+    B, H, NQ, D = q.shape
+    o, lse = torch.empty_like(q), torch.empty(B, H, NQ, dtype=torch.float32, device=q.device)
+    soft = tables is None
+    table, count = (log_mask, log_mask) if soft else tables
+    BD = power_of_two(D)
+    c = config("sparse_forward", q, BD, block_q, block_k)
+    with on_device(q):
+        _forward_kernel[(triton.cdiv(NQ, c.tile), B * H)](
+            q, k, v, table, count, log_mask if soft else table, o, lse,
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *o.stride()[:3], H, NQ, k.shape[2], table.shape[-1],
+            D**-0.5, D=D, BD=BD, BM=c.tile, BLOCK_Q=block_q, BLOCK_K=block_k, PAIR=1 if soft else c.pair, SOFT=soft,
+            STAGES=c.num_stages, num_warps=c.num_warps, num_stages=c.num_stages)  # fmt: skip
+    return o, lse
+
+
+def backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, tables: tuple[Tensor, Tensor] | None,
+             back: tuple[Tensor, Tensor] | None, log_mask: Tensor | None, block_q: int,
+             block_k: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """Gradients of q, k, v and, where it is given, of log_mask.
+
+    Args:
+        do: gradient of O.
+        tables, back: lookup tables of the mask and of its transpose; None with `log_mask`.
+    """
+    B, H, NQ, D = q.shape
+    N = k.shape[2]
+    rows, blocks = triton.cdiv(NQ, block_q), triton.cdiv(N, block_k)
+    dq, dk, dv, delta = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), torch.empty_like(lse)
+    soft = tables is None
+    (table, count), (table_back, count_back) = ((log_mask, log_mask),) * 2 if soft else (tables, back)
+    bias = log_mask if soft else table
+    grad_bias = torch.zeros_like(log_mask, dtype=torch.float32) if soft else table
+    BD = power_of_two(D)
+    shared = {"D": D, "BD": BD, "BLOCK_Q": block_q, "BLOCK_K": block_k, "SOFT": soft}
+    with on_device(q):
+        c = config("query_backward", q, BD, block_q, block_k)
+        _query_backward_kernel[(triton.cdiv(NQ, c.tile), B * H)](
+            q, k, v, o, do, lse, table, count, bias, dq, delta, grad_bias,
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *o.stride()[:3], *do.stride()[:3], *dq.stride()[:3],
+            H, NQ, N, blocks, D**-0.5, BM=c.tile, **shared,
+            STAGES=c.num_stages, num_warps=c.num_warps, num_stages=c.num_stages)  # fmt: skip
+        c = config("key_backward", q, BD, block_q, block_k)
+        _key_backward_kernel[(blocks, B * H)](
+            q, k, v, do, lse, delta, table_back, count_back, bias, dk, dv,
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3], *dk.stride()[:3], *dv.stride()[:3],
+            H, NQ, N, rows, blocks, D**-0.5, BM=c.tile, **shared,
+            STAGES=c.num_stages, num_warps=c.num_warps, num_stages=c.num_stages)  # fmt: skip
+    return dq, dk, dv, grad_bias if soft else None
