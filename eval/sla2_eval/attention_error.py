@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from sla2.attention import AttentionSettings, SparseLinearAttention
-from sla2.flow import generator, noisy
+from sla2.flow import generator, noisy, predict
 from sla2.latents import Latents
-from sla2.small_wan import predict
 from sla2.variant import Variant
 from sla2.wan import BaseModel, capture_qkv, install, load_adapter, self_attentions
 from sla2_eval.flops import realised_sparsity

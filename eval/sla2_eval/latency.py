@@ -121,7 +121,7 @@ def time_steps(
     modules: dict[str, nn.Module], transformer: nn.Module, base, settings: dict, device: torch.device
 ) -> dict[str, list[float]]:
     """Milliseconds of one forward of the transformer by timing key; layers share a module, which costs the same."""
-    from sla2.small_wan import predict
+    from sla2.flow import predict
     from sla2.wan import AttentionProcessor, self_attentions
 
     layers = self_attentions(transformer)

@@ -14,6 +14,7 @@ import matplotlib
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -23,6 +24,8 @@ from sla2_eval.palette import style
 from sla2_eval.table_set import TableSet
 
 PIXELS_PER_INCH = 160
+CHARACTERS_PER_INCH = 12  # of a bold title; a legend has a few more
+LEGEND_ROW = 0.19  # inches
 RULES = {
     "font.size": 9,
     "axes.titlesize": 9.5,
@@ -51,7 +54,8 @@ FILLS = {"resolved": "full", "reference": "full", "": "full", "equivalent": "lef
 def run(draw: Callable[[TableSet], Figure], about: str) -> None:
     """Main function of a figure script that needs tables only."""
     args = parser(about).parse_args()
-    save(draw(TableSet(args.tables)), args.output)
+    tables = TableSet(args.tables)
+    save(draw(tables), args.output, title(about, tables))
 
 
 def parser(about: str) -> argparse.ArgumentParser:
@@ -62,8 +66,14 @@ def parser(about: str) -> argparse.ArgumentParser:
     return options
 
 
-def save(figure: Figure, output: Path) -> None:
-    """Write `<output>.svg` and `<output>.png` and close the figure."""
+def title(about: str, tables: TableSet) -> str:
+    """Title of a figure: the first line of its script's docstring, and the study."""
+    return f"{about.splitlines()[0].rstrip('.')} (study {tables.study['study']})"
+
+
+def save(figure: Figure, output: Path, title: str) -> None:
+    """Put the title above, write `<output>.svg` and `<output>.png`, and close the figure."""
+    figure.suptitle(textwrap.fill(title, int(figure.get_figwidth() * CHARACTERS_PER_INCH)), fontsize=9.5, weight="bold")
     metadata = {"svg": {"Date": None, "Creator": None}, "png": {"Software": None}}
     for kind, facts in metadata.items():
         with atomic_path(output.with_name(f"{output.name}.{kind}")) as path:
@@ -83,18 +93,21 @@ def panels(count: int, columns: int, width: float, height: float, **options: obj
     return figure, axes[:count]
 
 
+def with_unit(tables: TableSet, metric: str, text: str) -> str:
+    """`text (unit)`, or `text` alone for a pure number."""
+    unit = next((row["unit"] for row in tables.metric(metric).values()), "1")
+    return text if unit == "1" else f"{text} ({unit})"
+
+
 def metric_name(tables: TableSet, metric: str) -> str:
     """Name of a metric with its unit and an arrow towards better."""
-    rows = tables.metric(metric)
-    unit = next((row["unit"] for row in rows.values()), "1")
-    arrow = {"true": " ↑", "false": " ↓", "": ""}[tables.direction(metric)]
-    return f"{metric}{'' if unit == '1' else f' ({unit})'}{arrow}"
+    return with_unit(tables, metric, metric) + {"true": " ↑", "false": " ↓", "": ""}[tables.direction(metric)]
 
 
 def entitle(ax: Axes, tables: TableSet, metric: str) -> None:
     """The metric as the panel's title; says so where the reference has no value to compare with."""
     compared = any(row["verdict"] for row in tables.metric(metric).values())
-    ax.set_title(metric_name(tables, metric) + ("" if compared else "\n(nothing to compare with)"))
+    ax.set_title(metric_name(tables, metric) + ("" if compared else "\n(the reference has no value)"))
 
 
 def point(
@@ -125,19 +138,37 @@ def fill_legend(reference: str) -> list[Line2D]:
     """Legend entries that explain `fill`."""
     texts = {"full": "resolved", "left": "equivalent", "none": "not resolved"}
     look = {"color": "#444444", "marker": "o", "linestyle": "none", "markersize": 6, "markerfacecoloralt": "white"}
-    about = f"difference to {style(reference).label}: "
-    return [Line2D([], [], fillstyle=name, label=about + text, **look) for name, text in texts.items()]
+    heading = Line2D([], [], linestyle="none", label=f"vs {style(reference).label}:")
+    return [heading, *(Line2D([], [], fillstyle=name, label=text, **look) for name, text in texts.items())]
 
 
-def variant_legend(figure: Figure, variants: list[str], columns: int, extra: list[Line2D] | None = None) -> None:
-    """One legend below all panels."""
-    handles = [
-        Line2D(
-            [], [], color=style(v).color, marker=style(v).marker, linestyle="none", markersize=6.5, label=style(v).label
-        )
-        for v in variants
+def variant_handles(variants: list[str]) -> list[Line2D]:
+    """Legend entries of variants."""
+    look = {"linestyle": "none", "markersize": 6.5}
+    return [
+        Line2D([], [], color=style(v).color, marker=style(v).marker, label=style(v).label, **look) for v in variants
     ]
-    figure.legend(handles=[*handles, *(extra or [])], loc="outside lower center", ncols=columns, columnspacing=1.4)
+
+
+def legend(figure: Figure, handles: list[Artist]) -> None:
+    """One legend below all panels, in as many columns as fit; the figure grows by its height."""
+    inches = max(len(handle.get_label()) for handle in handles) / (1.3 * CHARACTERS_PER_INCH) + 0.5
+    columns = max(1, min(len(handles), int(figure.get_figwidth() / inches)))
+    figure.set_figheight(figure.get_figheight() + LEGEND_ROW * -(-len(handles) // columns))
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, columnspacing=1.4)
+
+
+def row_axes(axes: list[Axes], names: list[str]) -> None:
+    """Axes that share one row a variant, the first at the top."""
+    axes[0].set_ylim(len(names) - 0.4, -0.6)
+    axes[0].set_yticks(range(len(names)), [style(name).label for name in names])
+    for ax in axes:
+        ax.grid(axis="y", visible=False)
+
+
+def mark_missing(ax: Axes, place: int) -> None:
+    """Say in the row of a variant that it has no value here; the tables have the reason."""
+    ax.text(0.03, place, "no value", transform=ax.get_yaxis_transform(), va="center", fontsize=7, color="#8a8a8a")
 
 
 def say_missing(ax: Axes, tables: TableSet, metric: str) -> None:

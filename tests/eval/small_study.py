@@ -172,7 +172,8 @@ def _logs(folder: Path, rows: list[Variant]):
             loss = 1 / (1 + step / 20) + 0.1 * _rng(path.parent.name, step).random()
             lines.append(f"{step},{phase},train,loss,{loss:.6g}")
             if step % every == 0:
-                lines.append(f"{step},{phase},heldout,{heldout},{1 / (1 + step / 20) + 0.05:.6g}")
+                gap = 0.05 + 0.2 * _rng(*path.parts[-3:]).random()
+                lines.append(f"{step},{phase},heldout,{heldout},{1 / (1 + step / 20) + gap:.6g}")
         path.write_text("\n".join(lines) + "\n")
         return str(path)
 

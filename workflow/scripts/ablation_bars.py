@@ -21,15 +21,11 @@ def draw(tables: TableSet) -> Figure:
     names, metrics = ablation_rows(tables), tables.study["headline"]
     reference = tables.study["reference"]
     figure, axes = plot.panels(len(metrics), 4, 2.7, 0.9 + 0.24 * len(names), sharey=True)
-    axes[0].set_ylim(len(names) - 0.4, -0.6)
-    axes[0].set_yticks(range(len(names)), [style(name).label for name in names])
+    plot.row_axes(axes, names)
     for ax, metric in zip(axes, metrics, strict=True):
         rows = tables.metric(metric)
         plot.entitle(ax, tables, metric)
-        ax.grid(axis="y", visible=False)
-        if not any(name in rows for name in names):
-            ax.text(0.5, 0.5, "no value", transform=ax.transAxes, ha="center", va="center", color="#666666")
-            continue
+        ax.set_xlabel(plot.with_unit(tables, metric, "mean"))
         if reference in rows:
             row = rows[reference]
             ax.axvline(row["mean"], color=style(reference).color, linewidth=0.8)
@@ -38,7 +34,9 @@ def draw(tables: TableSet) -> Figure:
         for place, name in enumerate(names):
             if name in rows:
                 plot.point(ax, rows[name], place, along="x", fillstyle=plot.fill(rows[name]))
-    figure.legend(handles=plot.fill_legend(reference), loc="outside lower center", ncols=3)
+            else:
+                plot.mark_missing(ax, place)
+    plot.legend(figure, plot.fill_legend(reference))
     return figure
 
 

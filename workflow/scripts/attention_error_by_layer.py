@@ -36,7 +36,7 @@ def draw(tables: TableSet) -> Figure:
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.set_xlabel("layer")
     if shown:
-        plot.variant_legend(figure, shown, 3)
+        plot.legend(figure, plot.variant_handles(shown))
     return figure
 
 

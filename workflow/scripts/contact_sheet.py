@@ -73,7 +73,8 @@ def main() -> None:
     options = plot.parser(__doc__)
     options.add_argument("--videos", type=Path, required=True, help="results/S/generate")
     args = options.parse_args()
-    plot.save(draw(TableSet(args.tables), args.videos), args.output)
+    tables = TableSet(args.tables)
+    plot.save(draw(tables, args.videos), args.output, plot.title(__doc__, tables))
 
 
 if __name__ == "__main__":

@@ -23,8 +23,7 @@ def draw(tables: TableSet) -> Figure:
         plot.say_missing(ax, tables, tables.study["headline"][0])
         return figure
     figure, axes = plot.panels(len(metrics), 4, 2.7, 0.9 + 0.24 * len(names), sharey=True)
-    axes[0].set_ylim(len(names) - 0.4, -0.6)
-    axes[0].set_yticks(range(len(names)), [style(name).label for name in names])
+    plot.row_axes(axes, names)
     for ax, metric in zip(axes, metrics, strict=True):
         rows = tables.metric(metric)
         margin = tables.study["margins"].get(metric)
@@ -34,10 +33,12 @@ def draw(tables: TableSet) -> Figure:
         for place, name in enumerate(names):
             if name in rows and rows[name]["difference"] is not None:
                 plot.point(ax, rows[name], place, along="x", names=COLUMNS, fillstyle=plot.fill(rows[name]))
+            else:
+                plot.mark_missing(ax, place)
         ax.set_title(plot.metric_name(tables, metric))
-        ax.grid(axis="y", visible=False)
+        ax.set_xlabel(plot.with_unit(tables, metric, "mean difference"))
     shade = Patch(color=MARGIN, alpha=0.13, linewidth=0, label="equivalence margin")
-    figure.legend(handles=[*plot.fill_legend(reference), shade], loc="outside lower center", ncols=2)
+    plot.legend(figure, [*plot.fill_legend(reference), shade])
     return figure
 
 

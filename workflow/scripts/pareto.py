@@ -56,7 +56,7 @@ def draw(tables: TableSet) -> Figure:
         ax.set_xlabel(SPEEDS[name])
         ax.set_title(conditions(list(rows.values())), fontsize=8, color="#555555")
     axes[0].set_ylabel(plot.metric_name(tables, metric))
-    plot.variant_legend(figure, list(quality), 4, plot.fill_legend(tables.study["reference"]))
+    plot.legend(figure, [*plot.variant_handles(list(quality)), *plot.fill_legend(tables.study["reference"])])
     return figure
 
 

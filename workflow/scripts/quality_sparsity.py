@@ -63,7 +63,7 @@ def draw(tables: TableSet) -> Figure:
         ax.set_xlabel("realised sparsity (%)")
     bands = [Line2D([], [], color=style(n).color, linestyle=line(n, tables), label=style(n).label) for n in dense]
     shown = [name for names in groups for name in names]
-    plot.variant_legend(figure, shown, 3, [*bands, *plot.fill_legend(tables.study["reference"])])
+    plot.legend(figure, [*plot.variant_handles(shown), *bands, *plot.fill_legend(tables.study["reference"])])
     return figure
 
 

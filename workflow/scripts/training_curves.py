@@ -11,6 +11,7 @@ from sla2_eval import plot
 from sla2_eval.palette import GREY, style
 from sla2_eval.table_set import TableSet
 
+LABELS = {"hard_error": "hard relative L1 error", "loss": "diffusion loss"}
 LINES = ("-", "--", ":", "-.")  # by training seed
 
 
@@ -67,23 +68,23 @@ def draw(tables: TableSet) -> Figure:
         if group:
             groups.setdefault(group, name)
     stages = {
-        "stage 1: hard error against dense attention, held out": ("stage1", "hard_error", groups),
-        "stage 2: loss, held out (dashes: second seed)": ("stage2", "loss", {name: name for name in tables.variants}),
+        "stage 1, held-out clips": ("stage1", "hard_error", groups),
+        "stage 2, held-out clips (dashes: second training run)": ("stage2", "loss", {n: n for n in tables.variants}),
     }
     figure, axes = plot.panels(len(phases) + len(stages), 2, 4.6, 2.9)
     for ax, phase in zip(axes, phases, strict=False):
         base_panel(ax, [row for row in training if row["stage"] == "base_model" and row["phase"] == phase])
-        ax.set(title=f"base model: {phase}", xlabel="step")
+        ax.set(title=f"base model: {phase}", xlabel="step", ylabel="value of the metric in the legend")
     shown: list[str] = []
     for ax, (title, (stage, metric, looks)) in zip(axes[len(phases) :], stages.items(), strict=True):
         drawn = run_panel(ax, [row for row in training if row["stage"] == stage], metric, looks)
-        ax.set(title=title, xlabel="step")
+        ax.set(title=title, xlabel="step", ylabel=LABELS[metric])
         if not drawn:
             ax.text(0.5, 0.5, "nothing was trained", transform=ax.transAxes, ha="center", color="#666666")
         shown += drawn
     order = [name for name in tables.variants if name in shown]
     if order:
-        plot.variant_legend(figure, order, 3)
+        plot.legend(figure, plot.variant_handles(order))
     return figure
 
 
