@@ -1,10 +1,16 @@
-"""A base model of random weights and random latents: as large as the tests of this folder need, and made in a second."""
+"""What tests of this folder share: a base model of random weights, and an invented study with its tables and figures."""
 
 import json
+import runpy
 from pathlib import Path
 
 import pytest
+import small_study
 import torch
+
+from sla2_eval import tables
+
+FIGURES = Path(__file__).resolve().parents[2] / "workflow/scripts"
 
 
 @pytest.fixture(scope="session")
@@ -53,3 +59,33 @@ def base_file(tmp_path_factory) -> Path:
     path = folder / "base_model.json"
     path.write_text(json.dumps(description))
     return path
+
+
+@pytest.fixture(scope="session")
+def study(tmp_path_factory) -> Path:
+    """Folder of the invented study of `small_study`, with videos and tables; tests read it and write elsewhere."""
+    folder = tmp_path_factory.mktemp("small")
+    arguments = small_study.write_study(folder)
+    small_study.write_videos(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["tables", *arguments])
+        tables.main()
+    return folder
+
+
+@pytest.fixture(scope="session")
+def figures(study) -> Path:
+    """Every figure of the invented study."""
+    folder = study / "figures"
+    for script in sorted(FIGURES.glob("*.py")):
+        draw_figure(script, study, folder / script.stem)
+    return folder
+
+
+def draw_figure(script: Path, study: Path, output: Path, tables: Path | None = None) -> None:
+    """Run a figure script in this process; `tables` stands in for the study's own."""
+    arguments = ["--tables", str(tables or study / "tables"), "--output", str(output)]
+    arguments += ["--videos", str(study / "generate")] if script.stem == "contact_sheet" else []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", [script.name, *arguments])
+        runpy.run_path(str(script), run_name="__main__")

@@ -1,0 +1,139 @@
+"""Every figure of the invented study: written as svg and png, equal twice, honest where values are missing."""
+
+import csv
+import shutil
+
+import pytest
+from conftest import FIGURES, draw_figure
+from PIL import Image
+
+from sla2_eval import plot
+from sla2_eval.palette import WORDS, style
+from sla2_eval.report import CAPTIONS
+from sla2_eval.table_set import TableSet
+
+SCRIPTS = {path.stem: path for path in sorted(FIGURES.glob("*.py"))}
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """Figures as the scripts hand them over, by script."""
+    seen = {}
+    write = plot.save
+
+    def keep(figure, output, title):
+        write(figure, output, title)
+        seen[output.name] = figure
+
+    monkeypatch.setattr(plot, "save", keep)
+    return seen
+
+
+def keep_rows(study, folder, wanted):
+    """Copy of the tables with only the rows that `wanted` accepts."""
+    shutil.copytree(study / "tables", folder)
+    for path in folder.glob("*.csv"):
+        with path.open() as file:
+            reader = csv.DictReader(file)
+            rows, columns = [row for row in reader if wanted(path.stem, row)], reader.fieldnames
+        with path.open("w") as file:
+            writer = csv.DictWriter(file, columns, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+    return folder
+
+
+def test_page_has_a_caption_for_every_figure():
+    assert set(CAPTIONS) == set(SCRIPTS)
+    for name, caption in CAPTIONS.items():
+        assert (FIGURES.parent / f"report/{name}.rst").read_text().strip() == caption
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_two_files_and_the_same_bytes_again(name, study, figures, tmp_path):
+    draw_figure(SCRIPTS[name], study, tmp_path / name)
+    for kind in ("svg", "png"):
+        first = (figures / f"{name}.{kind}").read_bytes()
+        assert first == (tmp_path / f"{name}.{kind}").read_bytes()
+    image = Image.open(figures / f"{name}.png").convert("L")
+    assert 700 < image.width < 2000
+    assert image.getextrema()[0] < 60, "nothing was drawn"
+    assert not list(tmp_path.glob(".*")), "a temporary file is left"
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_axes_are_named_and_nothing_is_cut_off(name, study, tmp_path, drawn):
+    draw_figure(SCRIPTS[name], study, tmp_path / name)
+    figure = drawn[name]
+    assert "study small" in figure.get_suptitle()
+    width, height = figure.get_size_inches() * figure.dpi
+    figure.draw_without_rendering()
+    for ax in figure.axes:
+        if ax.axison:
+            assert ax.get_xlabel()
+            assert ax.get_title() or ax.get_ylabel()
+    texts = [text for legend in figure.legends for text in legend.get_texts()] + [figure._suptitle]
+    texts += [text for ax in figure.axes if ax.axison for text in (ax.title, *tick_labels(ax))]
+    for text in texts:
+        box = text.get_window_extent()
+        assert min(box.x0, box.y0) >= -1, text.get_text()
+        assert box.x1 <= width + 1, text.get_text()
+        assert box.y1 <= height + 1, text.get_text()
+
+
+def tick_labels(ax):
+    """Labels that are drawn: of ticks inside the view."""
+    for axis, (low, high) in ((ax.xaxis, sorted(ax.get_xlim())), (ax.yaxis, sorted(ax.get_ylim()))):
+        yield from (tick.label1 for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high)
+
+
+def test_units_stand_in_the_axes(study, tmp_path, drawn):
+    for name in ("ablation_bars", "paired_differences"):
+        draw_figure(SCRIPTS[name], study, tmp_path / name)
+        labels = {ax.get_title(): ax.get_xlabel() for ax in drawn[name].axes}
+        assert labels["fidelity.psnr (dB) ↑"].endswith("(dB)")
+        assert not labels["oracle.color ↑"].endswith(")")
+
+
+def test_bars_show_the_tables_numbers(study, tmp_path, drawn):
+    draw_figure(SCRIPTS["ablation_bars"], study, tmp_path / "ablation_bars")
+    tables = TableSet(study / "tables")
+    (ax,) = [ax for ax in drawn["ablation_bars"].axes if ax.get_title().startswith("fidelity.psnr")]
+    labels = [text.get_text() for text in drawn["ablation_bars"].axes[0].get_yticklabels()]
+    row = tables.metric("fidelity.psnr")["sla2-97-ptq"]
+    container = next(c for c in ax.containers if c.lines[0].get_ydata()[0] == labels.index(style("sla2-97-ptq").label))
+    assert container.lines[0].get_xdata()[0] == pytest.approx(row["mean"])
+    (segment,) = container.lines[2][0].get_segments()
+    assert [x for x, _ in segment] == pytest.approx([row["ci_low"], row["ci_high"]])
+    assert "no value" in [text.get_text() for text in ax.texts], "the reference of fidelity has none"
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_missing_metrics_and_layers(name, study, tmp_path):
+    """Without headline values, attention errors or training, a figure says so."""
+    gone = ("oracle.color", "fidelity.psnr", "attention.rel_l1", "speedup.attention_op")
+    wanted = lambda table, row: table != "training" and not (row.get("metric") in gone or row.get("layer"))  # noqa: E731
+    folder = keep_rows(study, tmp_path / "tables", wanted)
+    draw_figure(SCRIPTS[name], study, tmp_path / name, folder)
+    assert (tmp_path / f"{name}.svg").stat().st_size > 3000
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("variant", ["full", "sla2-97"])
+def test_a_single_variant(name, variant, study, tmp_path):
+    folder = keep_rows(study, tmp_path / "tables", lambda _, row: row.get("variant", variant) == variant)
+    draw_figure(SCRIPTS[name], study, tmp_path / name, folder)
+    assert (tmp_path / f"{name}.png").is_file()
+
+
+def test_every_variant_has_a_look_of_its_own(study):
+    looks = [style(name) for name in TableSet(study / "tables").variants]
+    assert len({(look.color, look.marker) for look in looks}) == len(looks)
+    assert len({look.label for look in looks}) == len(looks)
+    assert len({color for color, _, _ in WORDS.values()}) == len(WORDS)
+
+
+def test_a_new_row_gets_a_look_too():
+    assert style("sla2-97-mine") == style("sla2-97-mine")
+    assert style("sla2-97-mine").label == "SLA2 97%, mine"
+    assert style("sla2-85").color != style("sla2-97").color
