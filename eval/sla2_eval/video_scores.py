@@ -12,7 +12,6 @@ from torch import Tensor
 
 from sla2 import grammar, render
 from sla2.prompts import Prompt
-from sla2_eval.judge import ATTRIBUTES, gate_failure, load_judge, load_naturalness, swapped
 from sla2_eval.metrics.fidelity import fidelity
 from sla2_eval.metrics.flicker import temporal_flickering
 from sla2_eval.metrics.frames import UndefinedError
@@ -20,6 +19,7 @@ from sla2_eval.metrics.guards import guards
 from sla2_eval.metrics.motion import dynamic_degree, motion_smoothness
 from sla2_eval.metrics.oracle import Oracle
 from sla2_eval.official import unavailable
+from sla2_eval.trained_judge import ATTRIBUTES, gate_failure, load_judge, load_naturalness, swapped
 
 FLICKER = "temporal_flickering"
 GUARDS = ("guard.static", "guard.blank", "guard.saturated", "guard.not_finite", "guard.size")

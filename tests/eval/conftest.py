@@ -8,8 +8,29 @@ import pytest
 import small_study
 import torch
 
+from sla2.data import procedural, write_index
 from sla2_eval import tables
+from sla2_eval.judge import learn
 
+VIDEO = {"frames": 9, "height": 32, "width": 32, "fps": 8}
+JUDGE = {
+    "video": VIDEO,
+    "seed": 0,
+    "steps": 3,
+    "batch": 8,
+    "learning_rate": 1e-3,
+    "frames": 4,
+    "columns": 2,
+    "frame_size": 16,
+    "patch": 8,
+    "width": 16,
+    "layers": 1,
+    "heads": 2,
+    "gate": 0.95,
+    "gate_clips": 8,
+    "naturalness_clips": 4,
+    "naturalness_patch": 8,
+}
 FIGURES = Path(__file__).resolve().parents[2] / "workflow/scripts"
 
 
@@ -89,3 +110,21 @@ def draw_figure(script: Path, study: Path, output: Path, tables: Path | None = N
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", [script.name, *arguments])
         runpy.run_path(str(script), run_name="__main__")
+
+
+@pytest.fixture(scope="session")
+def judge_data(tmp_path_factory) -> Path:
+    """Folder of step data: a few clips of the simple scenes."""
+    folder = tmp_path_factory.mktemp("data")
+    clips = {"train": 1, "heldout": 6, "judge": 24, "judge_heldout": 8}
+    for split, entries in procedural({"scene": {}, "video": VIDEO, "seed": 0, "clips": clips}).items():
+        write_index(folder / f"{split}.jsonl", entries)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def judge_folder(judge_data, tmp_path_factory) -> Path:
+    """What the judge step writes after three steps of training: files as they are used, and a gate that fails."""
+    folder = tmp_path_factory.mktemp("judge")
+    learn(JUDGE, judge_data, torch.device("cpu"), folder)
+    return folder

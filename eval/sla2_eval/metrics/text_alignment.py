@@ -45,6 +45,14 @@ class Vocabulary:
     def size(self) -> int:
         return len(self.words) + 4
 
+    def check(self, text: str) -> None:
+        """Raise UndefinedError for a text that the model was not trained to read: its score would be about another text."""
+        words = self.split(text)
+        if unknown := [word for word in words if word not in self._ids]:
+            raise UndefinedError(f"the judge never read {', '.join(map(repr, dict.fromkeys(unknown)))}")
+        if len(words) > self.context_length - 2:
+            raise UndefinedError(f"the text has {len(words)} words, the judge reads {self.context_length - 2}")
+
     def encode(self, texts: Sequence[str]) -> Tensor:
         """Token ids (B, context_length), int64."""
         ids = torch.full((len(texts), self.context_length), self.PAD, dtype=torch.long)
@@ -110,9 +118,11 @@ class StoryboardClip:
         Range: [-1, 1]. Direction: higher is closer.
         Source: the idea of VBench `overall_consistency`, with an open_clip trained by this study on a split of its own; frozen
             before any variant is scored. Emitted only when every attribute passes the gate on held-out clips.
+        UndefinedError: a word that no caption of the training had, or more words than they had.
         Blind spots: knows only this domain's words and looks; a high cosine can hide an attribute that it does not see, hence the
             gates and the forced choices beside it; barely sees the order of frames within a direction.
         """
+        self.vocabulary.check(text)
         return float(self.embed_video(video) @ self.embed_texts([text])[0])
 
     def forced_choice(self, video, text: str, others: Sequence[str]) -> float:
@@ -123,6 +133,7 @@ class StoryboardClip:
         Formula: [<e_video, e_text> > max over other texts c of <e_video, e_c>].
         Range: {0, 1}; chance is 1 / (1 + number of other texts). Direction: higher is better.
         Source: in-domain open_clip, as for text alignment; each attribute has a gate of its own.
+        UndefinedError: as for text alignment.
         Blind spots: a video that shows two values gets either answer; a video that shows nothing gets some answer.
 
         Args:
@@ -130,6 +141,7 @@ class StoryboardClip:
             text: the prompt.
             others: the prompt with each other value in place of the true one.
         """
+        self.vocabulary.check(text)
         scores = self.embed_texts([text, *others]) @ self.embed_video(video)
         return float(scores[0] > scores[1:].max())
 
