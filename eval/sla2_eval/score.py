@@ -140,8 +140,12 @@ def of_video(
 def attention_records(args: argparse.Namespace, rows: Rows, device: torch.device) -> Iterator[Record]:
     """Attention errors of every training seed, layer by layer; full attention only has its sparsity, which is none."""
     variant = Variant.from_row(args.settings["variant"])
+    names = [name for name in METRICS if name.startswith("attention.")]
     if variant.attention == "full":
         yield rows.record(Measured("sparsity.realised", 0.0, "formula"))
+        yield from (
+            rows.record(Measured(n, None, "", "full attention is what errors are measured against")) for n in names
+        )
         return
     # Imported here: diffusers costs eight seconds of a core, which rows with full attention save.
     from sla2.wan import BaseModel, load_transformer
@@ -154,6 +158,9 @@ def attention_records(args: argparse.Namespace, rows: Rows, device: torch.device
     adapters = args.trained * len(args.videos) if len(args.trained) == 1 else args.trained or [None] * len(args.videos)
     for folder, trained in zip(args.videos, adapters, strict=True):
         found = attention_errors(transformer, base, variant, attention, trained, settings)
+        for name in sorted(set(names) - {metric for _, metric in found}):
+            reason = f"mixing '{variant.mixing}' has no alpha"
+            yield rows.record(Measured(name, None, "", reason), train_seed=training_seed(folder, variant))
         for (layer, metric), value in sorted(found.items()):
             measured = Measured(metric, value, f"torch/{device.type}")
             yield rows.record(measured, train_seed=training_seed(folder, variant), layer=layer)

@@ -94,7 +94,9 @@ def test_training_lowers_the_loss(judge_data):
     words = [grammar.attributes(scene) for scene in clips.scenes]
     boards = np.stack([storyboard(clip, 4, 2, 16) for clip in clips.batch(list(range(len(clips))))])
     choices = choices_of(words)
-    texts = [grammar.caption(w) for w in words] + [t for w in words for n, v in choices.items() for t in swapped(w, n, v)]
+    texts = [grammar.caption(w) for w in words] + [
+        t for w in words for n, v in choices.items() for t in swapped(w, n, v)
+    ]
 
     class Tiny(torch.nn.Module):
         def __init__(self, size):
@@ -156,7 +158,7 @@ def test_changed_weights_are_refused(judge_folder, tmp_path):
     shutil.copytree(judge_folder, tmp_path / "judge")
     with (tmp_path / "judge/judge.safetensors").open("ab") as file:
         file.write(b"x")
-    with pytest.raises(UserError, match="differs from the hash in gates.json; delete"):
+    with pytest.raises(UserError, match=r"differs from the hash in gates\.json; delete"):
         load_judge(tmp_path / "judge", CPU)
 
 

@@ -1,0 +1,139 @@
+"""All metrics of one video: each name of the catalogue is a value or a row with its exact reason."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import JUDGE, VIDEO
+
+from sla2 import grammar
+from sla2.data import Clips
+from sla2.prompts import Prompt
+from sla2_eval.metrics.catalogue import METRICS
+from sla2_eval.official import WEIGHTS
+from sla2_eval.video_scores import FIDELITY, VideoScores, canonical_masks
+
+CPU = torch.device("cpu")
+OF_VIDEOS = {name for name in METRICS if not name.startswith(("attention.", "sparsity."))}
+JUDGED = ("color", "shape", "direction")
+INDOMAIN = ("proxy.text_alignment_clip_indomain", "proxy.frame_consistency_clip_indomain")
+
+
+@pytest.fixture(scope="module")
+def passing(judge_folder, tmp_path_factory):
+    """The same judge with a gate that everything passes."""
+    folder = tmp_path_factory.mktemp("passing") / "judge"
+    shutil.copytree(judge_folder, folder)
+    gates = json.loads((folder / "gates.json").read_text())
+    (folder / "gates.json").write_text(json.dumps(gates | {"gate": 0.0}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def clip(judge_data):
+    """A held-out clip with its prompt, and another clip as the dense model's."""
+    clips = Clips(judge_data / "heldout.jsonl", VIDEO)
+    words = {name: grammar.attributes(clips.scenes[0])[name] for name in JUDGED}
+    return clips[0].frames, Prompt("p", grammar.caption(words), words), clips[1].frames
+
+
+def scores(folder, prompts) -> VideoScores:
+    return VideoScores({"video": VIDEO}, folder, prompts, CPU)
+
+
+def measured(found: VideoScores, *clip) -> dict:
+    rows = list(found.of(*clip))
+    assert len({row.metric for row in rows}) == len(rows), "a metric stands twice"
+    assert not {row.metric for row in rows} & set(found.absent())
+    for row in rows:
+        assert (row.value is None) == bool(row.reason), row
+        assert row.backend, row
+    return {row.metric: row for row in rows}
+
+
+def test_every_metric_has_a_value_where_all_gates_pass(passing, clip):
+    found = scores(passing, [clip[1]])
+    rows = measured(found, *clip)
+    assert set(rows) == OF_VIDEOS
+    assert not [row for row in rows.values() if row.value is None]
+    assert set(found.absent()) == set(WEIGHTS)
+    for name in ("presence", *JUDGED, "all"):
+        assert rows[f"oracle.{name}"].value == 1
+
+
+def test_a_failed_gate_is_a_reason(judge_folder, clip):
+    found = scores(judge_folder, [clip[1]])
+    gates = found.gates["attributes"]
+    failed = [name for name in JUDGED if gates[name]["accuracy"] < JUDGE["gate"]]
+    assert failed, "three steps of training cannot pass"
+    reasons = {
+        n: f"gate: forced-choice accuracy of {n} is {gates[n]['accuracy']:.3f}, below {JUDGE['gate']}" for n in failed
+    }
+    absent = found.absent()
+    assert {name: absent[f"judge.{name}"] for name in failed} == reasons
+    assert {absent[name] for name in INDOMAIN} == {reasons[failed[0]]}
+    assert set(measured(found, *clip)) | set(absent) == OF_VIDEOS | set(WEIGHTS)
+
+
+def test_official_metrics_name_their_weights(passing, clip):
+    absent = scores(passing, [clip[1]]).absent()
+    for name, weights in WEIGHTS.items():
+        assert absent[name] == f"not available: needs the weights {weights}, which are not part of this study"
+
+
+def test_what_no_prompt_promises_is_absent(passing, clip):
+    frames, _, reference = clip
+    found = scores(passing, [Prompt("p", "a red circle", {"color": "red", "shape": "circle"})])
+    absent = found.absent()
+    assert absent["oracle.direction"] == absent["judge.direction"] == "no prompt promises a direction"
+    free = scores(passing, [Prompt("p", "a cat", {})])
+    assert free.absent()["oracle.all"] == "no prompt says what its video must show"
+    rows = measured(free, frames, Prompt("p", "a cat", {}), reference)
+    assert set(rows) | set(free.absent()) == OF_VIDEOS | set(WEIGHTS)
+    assert rows["proxy.text_alignment_clip_indomain"].reason == "undefined: the judge never read 'cat'"
+
+
+def test_a_prompt_in_other_words_cannot_be_swapped(passing, clip):
+    frames, prompt, reference = clip
+    other = Prompt("p", f"{prompt.text} and turns clockwise", prompt.attributes)
+    rows = measured(scores(passing, [other]), frames, other, reference)
+    reason = "undefined: the prompt is not the grammar's sentence for its attributes, so no color can be swapped"
+    assert rows["judge.color"].reason == reason
+
+
+def test_without_reference_there_is_no_fidelity(passing, clip):
+    frames, prompt, _ = clip
+    assert OF_VIDEOS - set(measured(scores(passing, [prompt]), frames, prompt, None)) == set(FIDELITY)
+
+
+def test_undefined_for_this_video(passing, clip):
+    """Blank frames: some metrics have nothing to look at, and say so."""
+    _, prompt, _ = clip
+    blank = torch.full((9, 32, 32, 3), 90, dtype=torch.uint8)
+    rows = measured(scores(passing, [prompt]), blank, prompt, blank)
+    assert rows["proxy.naturalness_niqe_indomain"].reason == "undefined: no patch of the video has texture"
+    assert rows["proxy.interp_gain"].reason == "undefined for this video: see the metric's card"
+    assert rows["guard.static"].value == rows["guard.blank"].value == 1
+    assert rows["fidelity.psnr"].value == 100
+    assert {rows[f"oracle.{name}"].value for name in ("presence", "all", *JUDGED)} == {0.0}
+
+
+def test_a_single_frame(passing, clip):
+    frames, prompt, reference = clip
+    rows = measured(scores(passing, [prompt]), frames[:1], prompt, reference[:1])
+    assert rows["temporal_flickering"].reason == "undefined: temporal flickering needs two frames"
+    assert rows["proxy.motion_smoothness_dis"].reason == "undefined: motion smoothness needs three frames"
+    assert rows["proxy.flow_top5"].reason == "undefined: dynamic degree needs three frames at 8 per second, got 1"
+    assert rows["proxy.frame_consistency_clip_indomain"].reason == "undefined: frame consistency needs two frames"
+    assert rows["guard.size"].value == 1
+
+
+def test_canonical_masks_are_the_renderer_s_shapes():
+    masks = canonical_masks()
+    assert set(masks) == set(grammar.SHAPES)
+    for name, mask in masks.items():
+        assert 0.1 < mask.mean() < 0.6, name
+        assert not mask[[0, -1]].any(), name
+        assert np.allclose(mask, mask[:, ::-1]), f"{name} is not upright"
