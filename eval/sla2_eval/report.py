@@ -162,7 +162,10 @@ def limits(tables: TableSet) -> dict:
         if found:
             widths[metric] = statistics.median(found)
     absent: dict[str, str] = {}
+    undefined: dict[str, int] = {}
     for row in rows:
+        if row["n_undefined"] and row["mean"] is not None:
+            undefined[row["metric"]] = undefined.get(row["metric"], 0) + int(row["n_undefined"])
         if row["mean"] is None and not tables.metric(row["metric"]):
             absent[row["metric"]] = row["reason"]
     return {
@@ -172,7 +175,7 @@ def limits(tables: TableSet) -> dict:
         "units": {row["metric"]: "" if row["unit"] == "1" else row["unit"] for row in headline},
         "trained_more": spreads(headline),
         "absent": absent,
-        "undefined": [row for row in rows if row["n_undefined"] and row["mean"] is not None],
+        "undefined": undefined,
         "flagged": [row for row in rows if row["metric"].startswith("guard.") and row["mean"]],
     }
 

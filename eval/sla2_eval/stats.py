@@ -69,7 +69,7 @@ def estimate(values: np.ndarray, *, draws: int = 10_000, confidence: float = 0.9
         return Estimate(mean=None, reason="nothing was measured")
     known = np.isfinite(values)
     facts = {
-        "mean": float(_nested_mean(values)),
+        "mean": float(_mean(_mean(_mean(values, 0), -1), -1)),
         "n_prompts": values.shape[1],
         "n_seeds": int(known.any(0).sum(-1).max()),
         "n_train_seeds": values.shape[0],
@@ -152,13 +152,11 @@ def _interval(
     # Both factors: from the bootstrap's spread to the unbiased one, and from normal quantiles to Student's.
     scale = error / means.std() * stdtrit(freedom, 1 - tail) / ndtri(1 - tail)
     low, high = mean + scale * (np.quantile(means, [tail, 1 - tail]) - mean)
-    lowest, highest = -math.inf, math.inf
     known = values[np.isfinite(values)]
-    if np.isin(known, (0, 1)).all():  # a share
-        lowest, highest = 0.0, 1.0
-    elif np.isin(known, (-1, 0, 1)).all():  # a difference of shares
-        lowest, highest = -1.0, 1.0
-    return float(max(low, lowest)), float(min(high, highest))
+    for possible in ((0, 1), (-1, 0, 1)):  # a share, a difference of shares
+        if np.isin(known, possible).all():
+            return float(max(low, possible[0])), float(min(high, 1))
+    return float(low), float(high)
 
 
 def _standard_error(values: np.ndarray) -> tuple[float, float]:
@@ -191,10 +189,6 @@ def _sd_train_seeds(values: np.ndarray) -> float | None:
     if len(values) < 2 or not complete.size:
         return None
     return float(complete.mean((1, 2)).std(ddof=1))
-
-
-def _nested_mean(values: np.ndarray) -> float:
-    return _mean(_mean(_mean(values, 0), -1), -1)
 
 
 def _mean(values: np.ndarray, axis: int) -> np.ndarray:

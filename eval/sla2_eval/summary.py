@@ -22,34 +22,12 @@ from sla2.record import Record
 from sla2_eval.stats import Estimate, difference, estimate, holm, verdict
 
 COLUMNS = (
-    "study",
-    "variant",
-    "metric",
-    "layer",
-    "mean",
-    "ci_low",
-    "ci_high",
-    "unit",
-    "higher_is_better",
-    "n_prompts",
-    "n_seeds",
-    "n_train_seeds",
-    "n_values",
-    "n_undefined",
-    "sd_seeds",
-    "sd_train_seeds",
-    "reference",
-    "difference",
-    "difference_low",
-    "difference_high",
-    "p_value",
-    "p_holm",
-    "margin",
-    "verdict",
-    "effect",
-    "backend",
-    "reason",
-)
+    "study", "variant", "metric", "layer",
+    "mean", "ci_low", "ci_high", "unit", "higher_is_better",
+    "n_prompts", "n_seeds", "n_train_seeds", "n_values", "n_undefined", "sd_seeds", "sd_train_seeds",
+    "reference", "difference", "difference_low", "difference_high", "p_value", "p_holm", "margin",
+    "verdict", "effect", "backend", "reason",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
