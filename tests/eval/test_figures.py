@@ -51,7 +51,7 @@ def test_page_has_a_caption_for_every_figure():
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_two_files_and_the_same_bytes_again(name, study, figures, tmp_path):
+def test_same_bytes_again_named_axes_and_nothing_cut_off(name, study, figures, tmp_path, drawn):
     draw_figure(SCRIPTS[name], study, tmp_path / name)
     for kind in ("svg", "png"):
         first = (figures / f"{name}.{kind}").read_bytes()
@@ -60,12 +60,11 @@ def test_two_files_and_the_same_bytes_again(name, study, figures, tmp_path):
     assert 700 < image.width < 2000
     assert image.getextrema()[0] < 60, "nothing was drawn"
     assert not list(tmp_path.glob(".*")), "a temporary file is left"
+    check_texts(drawn[name])
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_axes_are_named_and_nothing_is_cut_off(name, study, tmp_path, drawn):
-    draw_figure(SCRIPTS[name], study, tmp_path / name)
-    figure = drawn[name]
+def check_texts(figure):
+    """Title with the study, axes with names, and no text beyond the edge."""
     assert "study small" in figure.get_suptitle()
     width, height = figure.get_size_inches() * figure.dpi
     figure.draw_without_rendering()
