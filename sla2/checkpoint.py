@@ -14,6 +14,8 @@ from torch import nn
 from sla2.errors import UserError
 from sla2.files import atomic_path, settings_hash
 
+Optimizers = list[torch.optim.Optimizer]
+
 
 class Checkpoint:
     """The newest state of one run, in a folder that Snakemake does not know, so that a failed job keeps it.
@@ -28,18 +30,19 @@ class Checkpoint:
         self.path = Path(folder) / f"{name}.safetensors"
         self.identity, self.every = settings_hash(identity), every
 
-    def save(self, step: int, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer, extra: dict) -> None:
+    def save(self, step: int, modules: dict[str, nn.Module], optimizers: Optimizers, extra: dict) -> None:
         """Save after `step` steps; `extra` is JSON-able, such as the log so far."""
         tensors = {
             f"{name}/{key}": tensor for name, module in modules.items() for key, tensor in module.state_dict().items()
         }
-        for index, state in optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer/{index}/{key}": torch.as_tensor(value) for key, value in state.items()}
+        for number, optimizer in enumerate(optimizers):
+            for index, state in optimizer.state_dict()["state"].items():
+                tensors |= {f"optimizer/{number}/{index}/{key}": torch.as_tensor(v) for key, v in state.items()}
         meta = {"identity": self.identity, "step": str(step), "extra": json.dumps(extra)}
         with atomic_path(self.path) as temporary:
             save_file({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}, temporary, meta)
 
-    def load(self, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> tuple[int, dict]:
+    def load(self, modules: dict[str, nn.Module], optimizers: Optimizers) -> tuple[int, dict]:
         """Restore in place; returns steps done and `extra`, or 0 and an empty dict without a checkpoint.
 
         Raises:
@@ -55,12 +58,13 @@ class Checkpoint:
         for name, module in modules.items():
             prefix = f"{name}/"
             module.load_state_dict({key[len(prefix) :]: t for key, t in tensors.items() if key.startswith(prefix)})
-        state: dict[int, dict] = {}
-        for name, tensor in tensors.items():
-            if name.startswith("optimizer/"):
-                _, index, key = name.split("/")
-                state.setdefault(int(index), {})[key] = tensor
-        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        for number, optimizer in enumerate(optimizers):
+            state: dict[int, dict] = {}
+            for name, tensor in tensors.items():
+                if name.startswith(f"optimizer/{number}/"):
+                    index, key = name.split("/")[2:]
+                    state.setdefault(int(index), {})[key] = tensor
+            optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
         return int(meta["step"]), json.loads(meta["extra"])
 
     def remove(self) -> None:

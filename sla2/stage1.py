@@ -12,6 +12,7 @@ import argparse
 import csv
 import io
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -22,7 +23,7 @@ from sla2.checkpoint import Checkpoint
 from sla2.device import claim_device
 from sla2.errors import run_main
 from sla2.files import write_atomic
-from sla2.flow import generator, noisy, shifted
+from sla2.flow import generator, noisy, predict, shifted
 from sla2.latents import Latents
 from sla2.progress import say
 from sla2.record import write_provenance
@@ -107,15 +108,13 @@ class Stage1:
 
     def dense(self, latents: Tensor, text: Tensor, sigma: Tensor, draw: torch.Generator) -> list[dict[str, Tensor]]:
         """Q, K, V and dense output of every layer on noisy latents."""
-        from sla2.small_wan import predict
-
         noise = torch.randn(latents.shape, generator=draw)
         x, _ = noisy(latents.to(self.device), noise.to(self.device), sigma.to(self.device))
         with torch.no_grad(), capture_qkv(self.transformer) as layers:
             predict(self.transformer, x, sigma.to(self.device), text.to(self.device))
         return layers
 
-    def loss(self, step: int) -> Tensor:
+    def loss(self, step: int) -> Iterator[Tensor]:
         """Mean relative error over layers of the masked output, for a random sample of query blocks each."""
         draw = generator(self.settings["seed"], 4, step)
         latents, text = self.data.batch(self.order(step))
@@ -127,7 +126,7 @@ class Stage1:
             shape = (*seen["o"].shape[:2], self.whole_blocks, self.attention.block_q, self.base.head_dim)
             target = seen["o"][:, :, : self.whole_blocks * self.attention.block_q].reshape(shape)[:, :, rows]
             losses.append(relative_error(out, target.flatten(2, 3)))
-        return torch.stack(losses).mean()
+        yield torch.stack(losses).mean()
 
     @torch.no_grad()
     def hard_errors(self) -> list[tuple[int, float, float]]:
@@ -183,7 +182,7 @@ def main() -> None:
             "stage1",
             f"stage1 {name}",
             run.layers,
-            optimizer,
+            [optimizer],
             run.loss,
             settings["steps"],
             checkpoint,

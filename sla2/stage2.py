@@ -8,6 +8,7 @@ runs under bf16 autocast.
 
 import argparse
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -18,10 +19,9 @@ from sla2.checkpoint import Checkpoint
 from sla2.device import claim_device
 from sla2.errors import run_main
 from sla2.files import write_folder
-from sla2.flow import generator
+from sla2.flow import flow_losses, generator, heldout_loss
 from sla2.latents import Latents
 from sla2.record import write_provenance
-from sla2.small_wan import flow_loss, heldout_loss, to
 from sla2.training import Log, batches, train
 from sla2.variant import Variant
 from sla2.wan import BaseModel, adapter_state, install, load_adapter, load_transformer, save_adapter
@@ -83,13 +83,11 @@ def main() -> None:
         teacher = load_transformer(base).to(device).eval().requires_grad_(False)
     log = Log()
 
-    def loss(step: int) -> Tensor:
+    def loss(step: int) -> Iterator[Tensor]:
+        latents, text = (tensor.to(device) for tensor in data.batch(order(step)))
+        options = {name: settings[name] for name in ("caption_dropout", "micro_batch")}
         draw = generator(*seeds, 6, step)
-        latents, text = to(device, data.batch(order(step)))
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            return flow_loss(
-                transformer, latents, text, empty, base.flow_shift, draw, settings["caption_dropout"], teacher
-            )
+        yield from flow_losses(transformer, latents, text, empty, base.flow_shift, draw, teacher=teacher, **options)
 
     def validate(step: int) -> None:
         log.add(step, "stage2", "heldout", "loss", heldout_loss(transformer, heldout, base.flow_shift, device))
@@ -100,7 +98,7 @@ def main() -> None:
         "stage2",
         f"stage2 {variant.variant} seed {settings['train_seed']}",
         transformer,
-        optimizer,
+        [optimizer],
         loss,
         settings["steps"],
         checkpoint,

@@ -113,7 +113,7 @@ def _compression(base_model: dict) -> tuple[int, int]:
     """Spatial and temporal factor of the VAE: of the one to train, of the folder given, else Wan2.1's."""
     if base_model.get("vae"):
         vae = base_model["vae"]
-        return 2 ** (len(vae["dim_mult"]) - 1), 2 ** sum(vae["temporal_downsample"])
+        return vae["patch_size"] * 2 ** (len(vae["dim_mult"]) - 1), 2 ** sum(vae["temporal_downsample"])
     settings = Path(base_model["pretrained"] or "") / "vae/config.json"
     if base_model["pretrained"] and settings.is_file():
         vae = json.loads(settings.read_text(encoding="utf-8"))

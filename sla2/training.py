@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sla2.checkpoint import Checkpoint
 from sla2.files import write_atomic
+from sla2.flow import generator
 from sla2.progress import bar
 
 LOG_COLUMNS = ("step", "phase", "split", "metric", "value")
@@ -66,8 +67,8 @@ def train(
     phase: str,
     description: str,
     module: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    loss: Callable[[int], Tensor],
+    optimizers: list[torch.optim.Optimizer],
+    loss: Callable[[int], Iterator[Tensor]],
     steps: int,
     checkpoint: Checkpoint,
     log: Log,
@@ -82,44 +83,47 @@ def train(
     """Train `module` in place, resuming from `checkpoint` when there is one; leaves the averaged weights in it.
 
     Args:
-        loss: training loss of step i (from 0), whose random draws depend on i only.
+        optimizers: step together; each of their groups' learning rates is a peak that the schedule scales.
+        loss: yields the parts that sum to the training loss of step i (from 0); its random draws depend on i only.
         validate: called at step 0, every `validate_every` steps and at the end; writes into `log`.
         state: further modules that belong to the checkpoint.
     """
     average = Average(module, ema)
     modules = {"module": module, "average": average.values, **(state or {})}
-    start, extra = checkpoint.load(modules, optimizer)
+    start, extra = checkpoint.load(modules, optimizers)
     if extra:
         log[:] = extra["log"]
-    peaks = [group.setdefault("peak", group["lr"]) for group in optimizer.param_groups]
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    peaks = [group.setdefault("peak", group["lr"]) for group in groups]
+    parameters = [p for group in groups for p in group["params"]]
     if validate and start == 0:
         validate(0)
     progress = bar(steps, description, start)
     for step in progress:
-        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+        for group, peak in zip(groups, peaks, strict=True):
             group["lr"] = peak * rate(step, steps, warmup)
-        value = loss(step)
-        optimizer.zero_grad(set_to_none=True)
-        value.backward()
+        for optimizer in optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        number = 0.0
+        for part in loss(step):
+            part.backward()
+            number += part.item()
         nn.utils.clip_grad_norm_(parameters, clip, error_if_nonfinite=True)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         average.update(step + 1)
-        number = value.item()
         log.add(step + 1, phase, "train", "loss", number)
         progress.set_postfix(loss=f"{number:.4f}")
         done = step + 1
         if validate and (done % validate_every == 0 or done == steps):
             validate(done)
         if done % checkpoint.every == 0 and done < steps:
-            checkpoint.save(done, modules, optimizer, {"log": list(log)})
+            checkpoint.save(done, modules, optimizers, {"log": list(log)})
     average.store()
 
 
 def batches(count: int, size: int, seed: int) -> Callable[[int], list[int]]:
     """Indices of the batch of step i: every epoch a new order by (seed, epoch), the same whether resumed or not."""
-    from sla2.flow import generator
-
     size = min(size, count)
     per_epoch = count // size
 

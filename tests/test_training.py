@@ -17,7 +17,7 @@ class KilledError(Exception):
 def run(folder, steps=12, kill_at=None, identity=None):
     torch.manual_seed(0)
     module = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 2))
-    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2)
+    optimizers = [torch.optim.Muon([module[0].weight]), torch.optim.AdamW(module[2].parameters(), lr=1e-2)]
     order, log = batches(10, 3, seed=1), Log()
 
     def loss(step):
@@ -25,10 +25,10 @@ def run(folder, steps=12, kill_at=None, identity=None):
             raise KilledError
         draw = generator(1, step)
         x = torch.randn(3, 4, generator=draw) + torch.tensor(order(step))[:, None]
-        return module(x).square().mean()
+        yield module(x).square().mean()
 
     checkpoint = Checkpoint(folder, "run", identity or {"lr": 1e-2}, every=4)
-    train("test", "test", module, optimizer, loss, steps, checkpoint, log, warmup=2, ema=0.9,
+    train("test", "test", module, optimizers, loss, steps, checkpoint, log, warmup=2, ema=0.9,
           validate=lambda step: log.add(step, "test", "heldout", "loss", 0.0), validate_every=5)  # fmt: skip
     return module.state_dict(), list(log)
 

@@ -67,7 +67,11 @@ IMPOSSIBLE = [
     ({"attention.backend": "triton"}, "attention.backend", ["triton", "cpu", "choose reference"]),
     ({"base_model.text_encoder.heads": 5}, "base_model.text_encoder.heads", ["5", "64", "divisor"]),
     ({"base_model.transformer.head_dim": 31}, "base_model.transformer.head_dim", ["31", "multiple of 2"]),
-    ({"base_model.vae.temporal_downsample": [True]}, "base_model.vae.temporal_downsample", ["1 entries", "2 times"]),
+    (
+        {"base_model.vae.temporal_downsample": [True, True]},
+        "base_model.vae.temporal_downsample",
+        ["2 entries", "1 times"],
+    ),
     ({"base_model.vae.crop": 30}, "base_model.vae.crop", ["30", "4", "multiple"]),
     ({"base_model.pretrained": "./weights"}, "base_model.vae", ["./weights", "remove one"]),
     ({"base_model.train": ABSENT}, "base_model", ["train", "missing", "add it"]),

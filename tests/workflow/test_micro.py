@@ -2,12 +2,17 @@
 
 import csv
 import json
+import signal
+import subprocess
+import sys
+import time
 import zipfile
 from pathlib import Path
 
 import pytest
 from checkouts import PARTS, ROOT, Checkout, copy_checkout
 
+from sla2.files import sha256_folder
 from sla2.record import read_records
 
 CONFIG = ("--configfile", "tests/workflow/micro.yaml")
@@ -93,3 +98,28 @@ def test_report_archive(study, results):
     study.snakemake("ablations", *CONFIG, "--report", "results/micro/report.zip")
     with zipfile.ZipFile(results / "report.zip") as archive:
         assert any(name.endswith(".mp4") for name in archive.namelist())
+
+
+def stage2(results: Path, output: Path) -> subprocess.Popen:
+    """Stage 2 of a row as the workflow runs it, with steps enough to be killed among them."""
+    made = results / "stage2/sla2-90/seed0/adapter.safetensors.provenance.json"
+    settings = json.loads(made.read_text())["settings"] | {"steps": 120, "checkpoint_every": 10, "validate_every": 50}
+    inputs = ["--base", results / "base_model/base_model.json", "--adapter", results / "stage1/learned-alpha-90"]
+    command = [sys.executable, "-m", "sla2.stage2", "--settings", json.dumps(settings), *inputs, "--output", output]
+    return subprocess.Popen(command, stderr=subprocess.DEVNULL)
+
+
+def test_killed_training_ends_as_an_uninterrupted_one(results, tmp_path):
+    """`kill -9` half-way; the same command goes on from the last checkpoint, and every weight is the same bit for bit."""
+    assert stage2(results, tmp_path / "whole").wait() == 0
+    killed, checkpoint = stage2(results, tmp_path / "killed"), tmp_path / "killed/.checkpoint/stage2.safetensors"
+    while not checkpoint.is_file():
+        assert killed.poll() is None
+        time.sleep(0.01)
+    killed.kill()
+    assert killed.wait() == -signal.SIGKILL
+    assert not (tmp_path / "killed/adapter.safetensors").exists()
+    assert stage2(results, tmp_path / "killed").wait() == 0
+    assert not checkpoint.exists()
+    assert sha256_folder(tmp_path / "killed", "*.safetensors") == sha256_folder(tmp_path / "whole", "*.safetensors")
+    assert (tmp_path / "killed/log.csv").read_text() == (tmp_path / "whole/log.csv").read_text()
