@@ -1,10 +1,12 @@
 """Which implementation serves a tensor."""
 
+import torch
 import triton
 from torch import Tensor
 
 from sla2_kernels.launch import DTYPES, architecture
 
+INTERPRETING = triton.knobs.runtime.interpret
 BACKENDS = ("auto", "reference", "triton")
 
 
@@ -21,10 +23,11 @@ def resolve_backend(backend: str, tensor: Tensor) -> str:
     if backend == "auto":
         backend = "triton" if tensor.is_cuda else "reference"
     if backend == "triton":
-        if not tensor.is_cuda and not triton.knobs.runtime.interpret:
+        if not tensor.is_cuda and not INTERPRETING:
             raise ValueError(f"backend triton serves CUDA tensors, this one is on {tensor.device}; choose reference")
         if tensor.dtype not in DTYPES:
             served = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
             raise ValueError(f"backend triton serves {served}, this tensor is {tensor.dtype}; choose reference")
-        architecture(tensor.device)
+        if not torch.compiler.is_compiling():  # it cannot be traced, and the launch asks again
+            architecture(tensor.device)
     return backend

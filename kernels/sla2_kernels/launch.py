@@ -19,23 +19,25 @@ class Config:
     """One launch.
 
     Args:
-        tile: tokens that a program's own tile has, or that one step of its loop takes, see the kernel.
+        BM, BN: query and key tokens of a tile.
         num_warps: warps of a program.
         num_stages: tiles in flight in the loop.
-        pair: key blocks that one step of the forward's loop takes.
     """
 
-    tile: int
+    BM: int
+    BN: int
     num_warps: int
     num_stages: int
-    pair: int = 1
 
 
 CONFIGS = {
-    "sparse_forward": Config(tile=128, num_warps=8, num_stages=3),
-    "query_backward": Config(tile=128, num_warps=8, num_stages=2),
-    "key_backward": Config(tile=64, num_warps=8, num_stages=2),
+    "sparse_forward": Config(BM=128, BN=64, num_warps=4, num_stages=2),
+    "low_bit_forward": Config(BM=128, BN=128, num_warps=4, num_stages=3),
+    "query_backward": Config(BM=64, BN=64, num_warps=4, num_stages=2),
+    "key_backward": Config(BM=64, BN=64, num_warps=4, num_stages=2),
 }
+# Three TF32 products a dot keep two copies of each operand in shared memory.
+FP32 = Config(BM=32, BN=32, num_warps=4, num_stages=1)
 
 
 @cache
@@ -57,18 +59,19 @@ def architecture(device: torch.device) -> int:
     return max(served)
 
 
+def has_fp8(device: torch.device) -> bool:
+    """Whether a GPU's matrix units take e4m3; the interpreter does."""
+    return device.type != "cuda" or architecture(device) >= 89
+
+
 def choose(kernel: str, arch: int, element: int, BD: int, block_q: int, block_k: int) -> Config:
     """Configuration of a kernel on an architecture, for elements of that many bytes."""
-    c = CONFIGS[kernel]
-    own, step = (block_k, block_q) if kernel == "key_backward" else (block_q, block_k)
-    tile = min(c.tile, step if kernel == "key_backward" else own)
-    if element == 4:  # twice the bytes, and three products a dot
-        tile, c = min(tile, 64), replace(c, pair=1)
-    moving = (tile if kernel == "key_backward" else step * c.pair) * BD * element * 2  # two tensors a step
-    resident = (2 * own if kernel == "key_backward" else tile) * BD * element
-    stages = max(1, min(c.num_stages, (SHARED_MEMORY[arch] - resident) // moving))
-    warps = 4 if tile <= 64 and kernel != "key_backward" else c.num_warps
-    return replace(c, tile=tile, num_warps=warps, num_stages=stages)
+    c = FP32 if element == 4 else CONFIGS[kernel]
+    BM, BN = min(c.BM, block_q), min(c.BN, block_k)
+    own, step = (BN, BM) if kernel == "key_backward" else (BM, BN)
+    resident, moving = 2 * own * BD * element, 2 * step * BD * element  # two tensors each
+    room = (SHARED_MEMORY[arch] - resident) // moving
+    return replace(c, BM=BM, BN=BN, num_stages=max(1, min(c.num_stages, room)))
 
 
 def config(kernel: str, x: Tensor, BD: int, block_q: int, block_k: int) -> Config:
@@ -83,6 +86,12 @@ def product_config(x: Tensor) -> tuple[int, int, int, int, int]:
     return 128, 128, 64, 8, 3
 
 
-def linear_config(x: Tensor, block: int) -> tuple[int, int]:
-    """Tokens that a linear kernel takes at a time from its block, and warps."""
-    return min(block, 32 if x.element_size() == 4 else 64), 8
+# Tokens that a kernel of the linear branch takes at a time from its block, and warps.
+LINEAR = {"state": (64, 8), "rows": (64, 8), "rows_backward": (64, 8), "state_backward": (64, 8)}
+STATE_GROUP = (4, 2)  # blocks that a program of the state kernel takes, and tiles in flight
+
+
+def linear_config(kernel: str, x: Tensor, block: int) -> tuple[int, int]:
+    """BM and warps of a kernel of the linear branch."""
+    BM, num_warps = (32, 8) if x.element_size() == 4 else LINEAR[kernel]
+    return min(block, BM), num_warps

@@ -7,6 +7,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from sla2_kernels import launch
 
 LOG2E = tl.constexpr(1.4426950408889634)
 # Start of a running maximum: finite, so that a row whose scores are all -inf so far gives exp2(-inf) = 0 and not NaN.
@@ -34,6 +37,20 @@ def load_tile(base, rows, stride, N, D: tl.constexpr, BD: tl.constexpr, MASKED: 
 
 
 @triton.jit
+def of_head(x, i_bh, H, stride_b, stride_h, TMA: tl.constexpr):
+    """A head of a tensor: its pointer, or the descriptor itself, which is told the head at each load."""
+    return x if TMA else x + head_offset(i_bh, H, stride_b, stride_h)
+
+
+@triton.jit
+def load_block(x, i_b, i_h, start, stride, N, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, TMA: tl.constexpr,
+               MASKED: tl.constexpr):  # fmt: skip
+    """Rows start .. start + BN of a head, [BN, BD]; zeros past D and N (by itself with TMA, if MASKED without)."""
+    rows = start + tl.arange(0, BN)
+    return x.load([i_b, i_h, start, 0]).reshape(BN, BD) if TMA else load_tile(x, rows, stride, N, D, BD, MASKED)
+
+
+@triton.jit
 def store_tile(base, value, rows, stride, N, D: tl.constexpr, BD: tl.constexpr):
     """Write rows of a head, [rows, BD], those below N and columns below D."""
     columns = tl.arange(0, BD)
@@ -47,6 +64,20 @@ def dot(a, b, accumulator=None):
     if INTERPRETED:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), accumulator)
     return tl.dot(a, b, accumulator, input_precision="tf32x3")
+
+
+def blocks_of(rows: int, BD: int, *tensors: Tensor) -> tuple[bool, ...]:
+    """Whether tiles [rows, BD] of tensors (B, H, N, D) can come by TMA, and descriptors if so, else the tensors.
+
+    TMA needs sm_90 or later, and addresses and strides in multiples of 16 bytes.
+    """
+    x = tensors[0]
+    ready = launch.architecture(x.device) >= 90 and all(
+        t.data_ptr() % 16 == 0 and all(step * t.element_size() % 16 == 0 for step in t.stride()[:3]) for t in tensors
+    )
+    if not ready:
+        return False, *tensors
+    return True, *(TensorDescriptor(t, list(t.shape), list(t.stride()), [1, 1, rows, BD]) for t in tensors)
 
 
 def power_of_two(D: int) -> int:

@@ -8,6 +8,7 @@ Legend: M, N, K sizes of out (M, N) and of the sum; BM, BN, BK their tiles; GROU
 """
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -36,12 +37,30 @@ def _product_kernel(left, right, out, M, N, K, stride_lb, stride_lm, stride_lk, 
     tl.store(pointers, acc.to(out.dtype.element_ty), mask=(m[:, None] < M) & (n[None, :] < N))
 
 
+def padded_length(blocks: int) -> int:
+    """T: T_n to the next multiple of 8, 16 bytes of bf16."""
+    return (blocks + 7) // 8 * 8
+
+
+def padded(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """A weight (B, H, T_m, T_n), bool or floating, as (B * H, T_m, T) numbers, zero past T_n.
+
+    cuBLAS takes its Hopper kernels only for lines in multiples of 16 bytes: at 14B-720p T_n is 1182, and the product took
+    3.87 ms where its arithmetic takes 1.3 ms (NOTES.md).
+    """
+    weight = weight.flatten(0, 1).to(dtype)
+    return F.pad(weight, (0, padded_length(weight.shape[-1]) - weight.shape[-1]))
+
+
 def product(left: Tensor, right: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Product (batch, M, N) of (batch, M, K), bool or floating, and (batch, K, N), floating, of any strides.
 
     Args:
         dtype: of the result; by default that of `right`.
     """
+    if left.dtype == right.dtype == torch.bfloat16 and dtype is None:
+        # cuBLAS: 0.088 ms for the H of Wan 1.3B at 480p on an H200, the kernel here 0.127 ms.
+        return torch.bmm(left, right)
     left = left.view(torch.uint8) if left.dtype == torch.bool else left
     batch, M, K = left.shape
     N = right.shape[-1]

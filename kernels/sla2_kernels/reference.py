@@ -112,6 +112,52 @@ def linear_attention(q_phi: Tensor, k_phi: Tensor, v: Tensor, weight: Tensor, bl
     return out.flatten(-3, -2)[..., : q_phi.shape[-2], :].to(q_phi.dtype)
 
 
+def top_k_mask(scores: Tensor, kept: int) -> Tensor:
+    """Mask (..., T_m, T_n) of the `kept` largest scores of each row, ties to the lower block index."""
+    order = scores.sort(dim=-1, descending=True, stable=True).indices[..., :kept]
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order, True)
+
+
+def router_scores(
+    q: Tensor, k: Tensor, projections: tuple[Tensor, Tensor] | None, block_q: int, block_k: int
+) -> Tensor:
+    """proj_q(pool(Q)) proj_k(pool(K - mean K))^T, (B, H, T_m, T_n), fp32 or wider; no projections stand for the identity."""
+    left, right = pool_blocks(_wide(q), block_q), pool_blocks(smooth_keys(_wide(k)), block_k)
+    if projections is not None:
+        left, right = left @ projections[0].to(left).T, right @ projections[1].to(right).T
+    return left @ right.transpose(-1, -2)
+
+
+def sla2_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    alpha: Tensor | None,
+    mask: Tensor,
+    block_q: int,
+    block_k: int,
+    kind: str,
+    smooth_phi: bool,
+) -> Tensor:
+    """Sparse branch over `mask`, linear branch over the rest, mixed by alpha (H, T_m); the sum of both if alpha is None.
+
+    Args:
+        kind: feature map; smooth_phi: of keys less their mean.
+    """
+    o_s, _ = sparse_attention(q, k, v, mask, block_q, block_k)
+    phi_k = feature_map(smooth_keys(k) if smooth_phi else k, kind)
+    o_l = linear_attention(feature_map(q, kind), phi_k, v, ~mask, block_q, block_k)
+    return mix(o_s, o_l, alpha, block_q)
+
+
+def mix(o_s: Tensor, o_l: Tensor, alpha: Tensor | None, block_q: int) -> Tensor:
+    """alpha O_s + (1 - alpha) O_l with alpha (H, T_m), or O_s + O_l."""
+    if alpha is None:
+        return o_s + o_l
+    rows = alpha.repeat_interleave(block_q, dim=-1)[..., : o_s.shape[-2], None].to(_wide(o_s).dtype)
+    return (rows * _wide(o_s) + (1 - rows) * _wide(o_l)).to(o_s.dtype)
+
+
 def block_mass(q: Tensor, k: Tensor, block_q: int, block_k: int) -> Tensor:
     """Dense softmax mass of each key block, averaged over the query block's rows, (B, H, T_m, T_n): oracle of router and alpha."""
     mass = _blocked(_scores(q, k).softmax(-1).transpose(-1, -2), block_k).sum(-2)  # (B, H, T_n, N_q)
@@ -181,18 +227,33 @@ def low_bit_sparse_attention(
     Returns:
         Output and the log-sum-exp of the quantised scores.
     """
-    q_wide, k_wide, v_wide = _wide(q), _wide(k), _wide(v)
+    q_low, k_low, v_low = quantise_inputs(_wide(q), _wide(k), _wide(v), block_q, block_k, precision)
+    scores = _scores(q_low, k_low)
+    scores = scores.masked_fill(~expand_mask(mask, q.shape[-2], k.shape[-2], block_q, block_k), -math.inf)
+    out, lse = low_bit_softmax(scores, v_low, precision)
+    return out.to(q.dtype), lse
+
+
+def quantise_inputs(
+    q: Tensor, k: Tensor, v: Tensor, block_q: int, block_k: int, precision: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v (B, H, N, D) rounded to what the low-bit units multiply, in the dtype they came in."""
     if precision in ("int8", "int8-bf16"):
-        scores = _scores(_quantise_int8(q_wide, block_q), _quantise_int8(k_wide, block_k))
+        q, k = _quantise_int8(q, block_q), _quantise_int8(k, block_k)
     elif precision == "fp8":
-        scores = _scores(_quantise_fp8_blocks(q_wide, block_q), _quantise_fp8_blocks(k_wide, block_k))
+        q, k = _quantise_fp8_blocks(q, block_q), _quantise_fp8_blocks(k, block_k)
     else:
         raise ValueError(f"precision is {precision!r}, choose int8, fp8 or int8-bf16")
-    scores = scores.masked_fill(~expand_mask(mask, q.shape[-2], k.shape[-2], block_q, block_k), -math.inf)
+    if precision != "int8-bf16":
+        v = _quantise_fp8(v, (v.abs().amax(-2, keepdim=True) / FP8_MAX).clamp_min(1e-12))
+    return q, k, v
+
+
+def low_bit_softmax(scores: Tensor, v: Tensor, precision: str) -> tuple[Tensor, Tensor]:
+    """softmax(scores) v with the low-bit P of `precision`, and the log-sum-exp; scores (..., rows, keys), v (..., keys, D)."""
     top = scores.amax(-1, keepdim=True)
     p = (scores - top).exp()
     total = p.sum(-1, keepdim=True)
     if precision != "int8-bf16":
         p = _quantise_fp8(p, torch.tensor(1 / FP8_MAX, dtype=p.dtype, device=p.device))
-        v_wide = _quantise_fp8(v_wide, (v_wide.abs().amax(-2, keepdim=True) / FP8_MAX).clamp_min(1e-12))
-    return ((p @ v_wide) / total).to(q.dtype), (top + total.log()).squeeze(-1)
+    return (p @ v) / total, (top + total.log()).squeeze(-1)

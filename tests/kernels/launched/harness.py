@@ -46,12 +46,12 @@ CASES = [
     Case(100, 24, 32, 16, 2),
     Case(63, 48, 32, 16, 1),
     Case(65, 32, 16, 32, 3),  # every block kept
-    Case(127, 64, 64, 64, 1),
-    Case(130, 128, 128, 64, 2),
-    Case(160, 16, 128, 128, 1),
+    Case(127, 64, 64, 64, 1, H=1),
+    Case(130, 128, 128, 64, 2, H=1),
+    Case(160, 16, 128, 128, 1, H=1),
 ]
-GPU_CASES = [
-    Case(64, 64, 64, 64, 1),
+GPU_CASES = [  # T_n > 1: with one block the gradient of log M is zero and its relative error means nothing
+    Case(128, 64, 64, 64, 1),
     Case(1000, 128, 128, 64, 3),
     Case(1000, 64, 64, 64, 4),
     Case(1000, 128, 128, 128, 2),

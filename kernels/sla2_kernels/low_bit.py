@@ -1,0 +1,224 @@
+"""Low-bit forward of the sparse branch, with the scheme of SageAttention2++'s block-sparse path (paper section 5).
+
+    Q8 = Q / s_q, K8 = (K - mean K) / s_k: one scale a block and head, INT8 (halves away from zero) or e4m3
+    V8 = V / s_v: one e4m3 scale a channel and head, so that a channel of outliers costs the others nothing
+    P8 = 448 exp(S - running maximum) in e4m3; the row sum is taken before that cast, and 448 cancels in O / l
+
+Q is quantised where it is used; K8 and V8 are written once, padded to whole blocks. V8 is transposed within its block, because
+the tensor cores want the 8-bit operand of P V contiguous along the keys.
+
+Legend: BM query rows, BN = BLOCK_K keys of a block, D head size, BD the power of two that holds D.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from sla2_kernels import launch
+from sla2_kernels.primitives import (
+    INTERPRETED,
+    LOG2E,
+    LOWEST,
+    dot,
+    head_offset,
+    load_tile,
+    on_device,
+    power_of_two,
+)
+from sla2_kernels.sparse import clean_blocks
+
+FP8_MAX = tl.constexpr(448.0)
+INT8_MAX = tl.constexpr(127.0)
+TINY = tl.constexpr(1e-12)  # scale of a block of zeros
+
+
+@triton.jit
+def quantise(x, INT8: tl.constexpr):
+    """A tile in 8 bits and its one scale."""
+    scale = tl.maximum(tl.max(tl.max(tl.abs(x), 1), 0) / (INT8_MAX if INT8 else FP8_MAX), TINY)
+    steps = x / scale
+    if INT8:
+        low = (steps + tl.where(steps >= 0, 0.5, -0.5)).to(tl.int8)
+    else:
+        low = tl.clamp(steps, -FP8_MAX, FP8_MAX).to(tl.float8e4nv)
+    return low, scale
+
+
+@triton.jit
+def load_flat(x, at, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TMA: tl.constexpr):
+    """Block `at` [ROWS, COLUMNS] of blocks that lie end to end."""
+    rows, columns = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+    if TMA:
+        tile = x.load([at * ROWS, 0])
+    else:
+        tile = tl.load(x + at.to(tl.int64) * (ROWS * COLUMNS) + rows[:, None] * COLUMNS + columns[None, :])
+    return tile
+
+
+@triton.jit
+def score_dot(q8, k8):
+    """Q8 K8^T as fp32 [BM, BN]."""
+    if q8.dtype == tl.int8:
+        scores = tl.dot(q8, tl.trans(k8), out_dtype=tl.int32).to(tl.float32)
+    elif INTERPRETED:
+        scores = dot(q8.to(tl.float32), tl.trans(k8.to(tl.float32)))
+    else:
+        scores = tl.dot(q8, tl.trans(k8))
+    return scores
+
+
+@triton.jit
+def attend_low_bit(q8, acc, top, total, k8, k_scale, v, first, table, begin, end, scale, N, stride_vn, D: tl.constexpr,
+                   BD: tl.constexpr, BN: tl.constexpr, FP8_PV: tl.constexpr, TMA: tl.constexpr, MASKED: tl.constexpr,
+                   STAGES: tl.constexpr):  # fmt: skip
+    """Online softmax over the kept blocks begin .. end; `scale` holds the query's scale and is in units of log2."""
+    inside = tl.arange(0, BN)
+    for step in tl.range(begin, end, num_stages=STAGES):
+        block = tl.load(table + step)
+        at = first + block  # among the blocks of all heads
+        k_tile = load_flat(k8, at, BN, BD, TMA)  # [BN, BD]
+        factor = scale * tl.load(k_scale + at)
+        scores = score_dot(q8, k_tile)  # [BM, BN]
+        if MASKED:
+            scores = tl.where(block * BN + inside[None, :] < N, scores, float("-inf"))
+        new_top = tl.maximum(top, tl.max(scores, 1) * factor)  # [BM]
+        shrink = tl.math.exp2(top - new_top)
+        if FP8_PV:
+            p = tl.math.exp2(scores * factor - (new_top - 8.807354922057604)[:, None])  # times 448 = 2^8.807
+            v_tile = load_flat(v, at, BD, BN, TMA)  # [BD, BN]
+            acc = dot(p.to(v_tile.dtype), tl.trans(v_tile), acc * shrink[:, None])
+        else:
+            p = tl.math.exp2(scores * factor - new_top[:, None])
+            v_tile = load_tile(v, block * BN + inside, stride_vn, N, D, BD, MASKED)  # [BN, BD]
+            acc = dot(p.to(v_tile.dtype), v_tile, acc * shrink[:, None])
+        total = total * shrink + tl.sum(p, 1)
+        top = new_top
+    return acc, top, total
+
+
+@triton.jit
+def low_bit_rows(q_tile, k8, k_scale, v, v_scale, first, table, count, scale, N, stride_vn, BM: tl.constexpr,
+                 D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, FP8_PV: tl.constexpr, TMA: tl.constexpr,
+                 STAGES: tl.constexpr):  # fmt: skip
+    """Output rows [BM, BD] fp32 of one query block and the log-sum-exp [BM], base 2, of its quantised scores."""
+    q8, q_scale = quantise(q_tile.to(tl.float32), (k8.dtype if TMA else k8.dtype.element_ty) == tl.int8)
+    acc = tl.zeros([BM, BD], tl.float32)
+    top = tl.full([BM], LOWEST, tl.float32)
+    total = tl.zeros([BM], tl.float32)
+    clean = clean_blocks(table, count, N, BN, False)
+    factor = scale * q_scale * LOG2E
+    acc, top, total = attend_low_bit(
+        q8,
+        acc,
+        top,
+        total,
+        k8,
+        k_scale,
+        v,
+        first,
+        table,
+        0,
+        clean,
+        factor,
+        N,
+        stride_vn,
+        D,
+        BD,
+        BN,
+        FP8_PV,
+        TMA,
+        False,
+        STAGES,
+    )
+    acc, top, total = attend_low_bit(
+        q8,
+        acc,
+        top,
+        total,
+        k8,
+        k_scale,
+        v,
+        first,
+        table,
+        clean,
+        count,
+        factor,
+        N,
+        stride_vn,
+        D,
+        BD,
+        BN,
+        FP8_PV,
+        TMA,
+        True,
+        1,
+    )
+    acc /= total[:, None]
+    lse2 = top + tl.math.log2(total)
+    if FP8_PV:
+        columns = tl.arange(0, BD)
+        acc *= tl.load(v_scale + columns, mask=columns < D, other=0.0)[None, :]
+        lse2 -= 8.807354922057604
+    return acc, lse2
+
+
+@triton.jit
+def _quantise_kernel(k, v, mean, v_scale, k8, k_scale, v8, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh,
+                     stride_vn, H, N, blocks, D: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr,
+                     CENTRE: tl.constexpr, FP8_PV: tl.constexpr):  # fmt: skip
+    i_n, i_bh = tl.program_id(0), tl.program_id(1)
+    rows, columns = i_n * BLOCK + tl.arange(0, BLOCK), tl.arange(0, BD)
+    inside = tl.arange(0, BLOCK)
+    tile = load_tile(k + head_offset(i_bh, H, stride_kb, stride_kh), rows, stride_kn, N, D, BD, True).to(tl.float32)
+    if CENTRE:
+        shift = tl.load(mean + i_bh * D + columns, mask=columns < D, other=0.0)
+        tile = tl.where(rows[:, None] < N, tile - shift[None, :], 0.0)  # [BLOCK, BD]
+    low, scale = quantise(tile, k8.dtype.element_ty == tl.int8)
+    line = i_bh.to(tl.int64) * blocks + i_n
+    tl.store(k8 + line * (BLOCK * BD) + inside[:, None] * BD + columns[None, :], low)
+    tl.store(k_scale + line, scale)
+    if FP8_PV:
+        channel = tl.load(v_scale + i_bh * D + columns, mask=columns < D, other=1.0)
+        tile = load_tile(v + head_offset(i_bh, H, stride_vb, stride_vh), rows, stride_vn, N, D, BD, True)
+        tile = tl.clamp(tile.to(tl.float32) / channel[None, :], -FP8_MAX, FP8_MAX)
+        pointers = v8 + line * (BLOCK * BD) + columns[:, None] * BLOCK + inside[None, :]
+        tl.store(pointers, tl.trans(tile).to(tl.float8e4nv))
+
+
+def flat_blocks(k8: Tensor, v8: Tensor) -> tuple[bool, ...]:
+    """Whether K8 and V8 come by TMA, and then their descriptors, else themselves. A V that is not in 8 bits is passed by pointer."""
+    if launch.architecture(k8.device) < 90:
+        return False, k8, v8
+
+    def flat(x: Tensor) -> TensorDescriptor:
+        rows, columns = x.shape[-2:]
+        return TensorDescriptor(x, [x.numel() // columns, columns], [columns, 1], [rows, columns])
+
+    return True, flat(k8), flat(v8) if v8.dtype == torch.float8_e4m3fn else v8
+
+
+def quantise_keys_values(k: Tensor, v: Tensor, mean: Tensor | None, v_largest: Tensor | None, block_k: int,
+                         precision: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """K8 (B * H, T_n, block_k, BD), its scales (B * H, T_n), V8 (B * H, T_n, BD, block_k), its scales (B * H, D).
+
+    Args:
+        k, v: (B, H, N, D), last dimension contiguous.
+        mean: (B * H, D) fp32, taken from K first; None for keys that are smooth already.
+        v_largest: (B * H, D) largest magnitude of each channel of V; None for `int8-bf16`, whose V8 and scales are V and empty.
+        precision: `int8`, `fp8` or `int8-bf16`.
+    """
+    B, H, N, D = k.shape
+    blocks, BD = triton.cdiv(N, block_k), power_of_two(D)
+    dtype = torch.float8_e4m3fn if precision == "fp8" else torch.int8
+    k8 = torch.empty(B * H, blocks, block_k, BD, dtype=dtype, device=k.device)
+    k_scale = torch.empty(B * H, blocks, dtype=torch.float32, device=k.device)
+    values = v_largest is not None
+    v8 = torch.empty(B * H, blocks, BD, block_k, dtype=torch.float8_e4m3fn, device=k.device) if values else v
+    v_scale = (v_largest / FP8_MAX.value).clamp_min(TINY.value) if values else k_scale
+    with on_device(k):
+        _quantise_kernel[(blocks, B * H)](
+            k, v, k_scale if mean is None else mean, v_scale, k8, k_scale, v8, *k.stride()[:3], *v.stride()[:3], H, N,
+            blocks, D=D, BD=BD, BLOCK=block_k, CENTRE=mean is not None, FP8_PV=values, num_warps=4)  # fmt: skip
+    return k8, k_scale, v8, v_scale

@@ -1,0 +1,154 @@
+"""Which key blocks each query block keeps: pooling, scores, top-k and its lookup table.
+
+    Qbar, Kbar = block means, Kbar less the mean of K;  scores = proj_q(Qbar) proj_k(Kbar)^T;  M = top-k of each row
+
+All in fp32. Smoothing K only adds a constant to each row of scores, so it cannot change M; it is kept because it spares the
+scores a large common part. M is a choice, not a function, so no gradient goes through here. Equal scores go to the lower block
+index, always: the k-th largest score is found exactly, by its bits.
+
+Legend: T blocks of BLOCK tokens, D head size, BD the power of two that holds D, WIDTH the power of two that holds a row of scores.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sla2_kernels.primitives import head_offset, load_tile, on_device, power_of_two
+from sla2_kernels.product import padded_length, product
+
+
+@triton.jit
+def _pool_kernel(x, pooled, stride_b, stride_h, stride_n, H, N, blocks, D: tl.constexpr, BD: tl.constexpr,
+                 BLOCK: tl.constexpr, LARGEST: tl.constexpr):  # fmt: skip
+    i_t, i_bh = tl.program_id(0), tl.program_id(1)
+    rows = i_t * BLOCK + tl.arange(0, BLOCK)
+    tile = load_tile(x + head_offset(i_bh, H, stride_b, stride_h), rows, stride_n, N, D, BD, True)  # [BLOCK, BD]
+    if LARGEST:
+        value = tl.max(tl.abs(tile.to(tl.float32)), 0)
+    else:
+        value = tl.sum(tile.to(tl.float32), 0) / tl.minimum(BLOCK, N - i_t * BLOCK)
+    columns = tl.arange(0, BD)
+    tl.store(pooled + (i_bh.to(tl.int64) * blocks + i_t) * D + columns, value, mask=columns < D)
+
+
+@triton.jit
+def _column_kernel(x, out, T, scale, less, D: tl.constexpr, BD: tl.constexpr, BT: tl.constexpr, LARGEST: tl.constexpr):
+    i_bh, columns = tl.program_id(0).to(tl.int64), tl.arange(0, BD)
+    x += i_bh * T * D
+    total = tl.zeros([BT, BD], tl.float32)
+    for first in tl.range(0, T, BT, num_stages=2):
+        t = first + tl.arange(0, BT)
+        valid = (t[:, None] < T) & (columns[None, :] < D)
+        tile = tl.load(x + t[:, None] * D + columns[None, :], mask=valid, other=0.0)
+        total = tl.maximum(total, tile) if LARGEST else total + tile
+    total = tl.max(total, 0) if LARGEST else tl.sum(total, 0)
+    last = tl.load(x + (T - 1) * D + columns, mask=columns < D, other=0.0)
+    tl.store(out + i_bh * D + columns, total * scale - last * less, mask=columns < D)
+
+
+@triton.jit
+def _top_k_kernel(scores, mask, weight, table, count, kept, entries, length, WIDTH: tl.constexpr):
+    line = tl.program_id(0).to(tl.int64)
+    entry = tl.arange(0, WIDTH)
+    score = tl.load(scores + line * entries + entry, mask=entry < entries, other=float("-inf"))  # [WIDTH]
+    # Bits of a float in an order that unsigned integers share; adding zero makes -0 and 0 equal.
+    bits = (score + 0.0).to(tl.uint32, bitcast=True)
+    order = tl.where(bits >> 31 != 0, bits ^ 0xFFFFFFFF, bits | 0x80000000)
+    order = tl.where(entry < entries, order, 0)
+    threshold = tl.zeros([1], tl.uint32)
+    for bit in tl.static_range(32):
+        candidate = threshold | (1 << (31 - bit))
+        enough = tl.sum((order >= candidate).to(tl.int32), 0) >= kept
+        threshold = tl.where(enough, candidate, threshold)
+    above, equal = order > threshold, order == threshold
+    room = kept - tl.sum(above.to(tl.int32), 0)
+    take = above | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= room))
+    place = tl.cumsum(take.to(tl.int32), 0) - 1
+    tl.store(mask + line * entries + entry, take.to(tl.uint8), mask=entry < entries)
+    skipped = (entry < entries) & (take == 0)
+    tl.store(weight + line * length + entry, skipped.to(tl.float32).to(weight.dtype.element_ty), mask=entry < length)
+    tl.store(table + line * kept + place, entry, mask=take)
+    tl.store(count + line, kept)
+
+
+def pool(x: Tensor, block: int, largest: bool = False) -> Tensor:
+    """Mean of each block's tokens, or with `largest` its largest magnitude by channel: (B * H, T, D) fp32 from (B, H, N, D)."""
+    B, H, N, D = x.shape
+    blocks = triton.cdiv(N, block)
+    pooled = torch.empty(B * H, blocks, D, dtype=torch.float32, device=x.device)
+    with on_device(x):
+        _pool_kernel[(blocks, B * H)](
+            x, pooled, *x.stride()[:3], H, N, blocks, D=D, BD=power_of_two(D), BLOCK=block, LARGEST=largest,
+            num_warps=4)  # fmt: skip
+    return pooled
+
+
+def over_blocks(x: Tensor, scale: float = 1.0, less: float = 0.0, largest: bool = False) -> Tensor:
+    """scale * (sum over T) - less * (last of T), or the largest of numbers that are not negative.
+
+    From (B * H, T, D) fp32, contiguous, to (B * H, D).
+    """
+    heads, T, D = x.shape
+    out = torch.empty(heads, D, dtype=torch.float32, device=x.device)
+    with on_device(x):
+        _column_kernel[(heads,)](
+            x, out, T, scale, less, D=D, BD=power_of_two(D), BT=64, LARGEST=largest, num_warps=8)  # fmt: skip
+    return out
+
+
+def key_mean(pooled: Tensor, tokens: int, block: int) -> Tensor:
+    """Mean of K over its tokens (B * H, D) from block means, of which the last may be of fewer tokens."""
+    ragged = tokens - (pooled.shape[1] - 1) * block
+    return over_blocks(pooled, block / tokens, (block - ragged) / tokens)
+
+
+@dataclass
+class Route:
+    """A choice of key blocks.
+
+    Args:
+        mask: (B * H, T_m, T_n) bool.
+        tables: key blocks of each query block, and how many; see `lookup`.
+        weight: 1 - mask as numbers (B * H, T_m, T), see `padded`.
+    """
+
+    mask: Tensor
+    tables: tuple[Tensor, Tensor]
+    weight: Tensor
+
+
+def top_k(scores: Tensor, kept: int, dtype: torch.dtype) -> Route:
+    """The `kept` largest scores of each row (B * H, T_m, T_n) fp32; `dtype` is that of the weight."""
+    heads, rows, entries = scores.shape
+    length, device = padded_length(entries), scores.device
+    mask = torch.empty(scores.shape, dtype=torch.bool, device=device)
+    weight = torch.empty(heads, rows, length, dtype=dtype, device=device)
+    table = torch.empty(heads, rows, kept, dtype=torch.int32, device=device)
+    count = torch.empty(heads, rows, dtype=torch.int32, device=device)
+    width = max(8, triton.next_power_of_2(entries))
+    with on_device(scores):
+        # One warp a row up to 2048 scores: its 32 counts need no barrier.
+        _top_k_kernel[(heads * rows,)](
+            scores, mask.view(torch.uint8), weight, table, count, kept, entries, length, WIDTH=width,
+            num_warps=max(1, width // 2048))  # fmt: skip
+    return Route(mask, (table, count), weight)
+
+
+def route(q: Tensor, pooled_keys: Tensor, mean: Tensor, projections: tuple[Tensor, Tensor] | None, kept: int,
+          block_q: int) -> Route:  # fmt: skip
+    """The key blocks of each query block.
+
+    Args:
+        q: (B, H, N, D); pooled_keys: (B * H, T_n, D) block means of K; mean: (B * H, D) of K.
+        projections: proj_q and proj_k, (D, D) each; None for the identity.
+    """
+    left, right = pool(q, block_q), pooled_keys - mean[:, None]
+    if projections is not None:
+        left, right = (
+            product(x.view(1, -1, x.shape[-1]), w.float().T[None]).view_as(x)
+            for x, w in zip((left, right), projections, strict=True)
+        )
+    return top_k(product(left, right.mT), kept, q.dtype)
