@@ -19,7 +19,7 @@ from sla2_eval.table_set import SUMMARIES, TableSet
 CAPTIONS = {
     "quality_sparsity": "Headline metrics against the sparsity that was realised. Lines join rows that differ in sparsity only; "
     "horizontal lines with bands are the dense rows. Bars and bands are intervals of the mean; a marker without a bar has no "
-    "interval.",
+    "interval. Rows of one sparsity stand side by side, a few per cent of the kept share apart.",
     "ablation_bars": "One part of the method changed at a time, all at the same sparsity. The grey band is the reference. "
     "Intervals of two rows may overlap although their paired difference is resolved: judge by the fill, or by the next figure.",
     "paired_differences": "Difference to the reference on the same prompts, seeds and initial noise. Filled: the interval leaves "
