@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from sla2.router import top_k
 from sla2.variant import MIXINGS, QUANTIZERS, ROUTERS, Variant, kept_blocks
-from sla2_kernels import linear_attention, sparse_attention
+from sla2_kernels import linear_attention, resolve_backend, sla2_attention, sparse_attention
 from sla2_kernels.reference import num_blocks, pool_blocks, smooth_keys
 
 
@@ -84,6 +84,10 @@ class SparseLinearAttention(nn.Module):
     def _forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         s = self.settings
         blocks = {"block_q": s.block_q, "block_k": s.block_k, "backend": s.backend}
+        # The fused operator covers what mixes by weights and keeps the branches apart; the other rows are put together here.
+        fused = self.variant.mixing in ("alpha", "sum") and self.variant.attention != "sla_main"
+        if fused and resolve_backend(s.backend, q) == "triton":
+            return self._fused(q, k, v, blocks)
         smooth = smooth_keys(k)  # shifts every row of S by a constant, so the softmax branch is unchanged
         mask = self.route(q, k)
         precision = self.quantizer.precision(self.training)
@@ -91,6 +95,22 @@ class SparseLinearAttention(nn.Module):
         phi_keys = smooth if s.phi_keys == "smoothed" else k
         linear = linear_attention(q, phi_keys, v, self.linear_weight(mask), feature_map=s.feature_map, **blocks)
         return self.mixing(sparse, linear, s.block_q)
+
+    def _fused(self, q: Tensor, k: Tensor, v: Tensor, blocks: dict) -> Tensor:
+        weighted, learned = self.variant.mixing == "alpha", self.variant.router == "learned"
+        return sla2_attention(
+            q,
+            k,
+            v,
+            kept=self.kept(k.shape[-2]),
+            alpha=self.mixing.alpha(num_blocks(q.shape[-2], self.settings.block_q)) if weighted else None,
+            projections=(self.router.query, self.router.key) if learned else None,
+            mask=None if self.variant.router in ("learned", "mean_pool") else self.route(q, k),
+            feature_map=self.settings.feature_map,
+            phi_keys=self.settings.phi_keys,
+            precision=self.quantizer.precision(self.training),
+            **blocks,
+        )
 
 
 def build(variant: Variant, heads: int, head_dim: int, tokens: int, settings: AttentionSettings) -> nn.Module:

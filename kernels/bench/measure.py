@@ -133,7 +133,8 @@ def refuse_busy_gpu() -> None:
 
 
 def distance(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float((a.double() - b.double()).norm() / b.double().norm())
+    a, b = a.detach().double(), b.detach().double()
+    return float((a - b).norm() / b.norm())
 
 
 def draw(H: int, N: int, D: int, count: int) -> list[torch.Tensor]:

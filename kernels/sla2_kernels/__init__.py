@@ -224,8 +224,6 @@ def sla2_attention(
     if mask is None:
         with torch.no_grad():
             mask = reference.top_k_mask(reference.router_scores(q, k, projections, block_q, block_k), kept)
-    if precision == "none":
-        return reference.sla2_attention(q, k, v, alpha, mask, block_q, block_k, feature_map, smooth_phi)
     blocks = {"block_q": block_q, "block_k": block_k, "backend": "reference"}
     smooth = reference.smooth_keys(k)
     o_s, _ = sparse_attention(q, smooth, v, mask, precision=precision, **blocks)

@@ -30,12 +30,19 @@ class Config:
     num_stages: int
 
 
-CONFIGS = {
+HOPPER = {
     "sparse_forward": Config(BM=128, BN=64, num_warps=4, num_stages=2),
-    "low_bit_forward": Config(BM=128, BN=128, num_warps=4, num_stages=3),
+    "low_bit_forward": Config(BM=128, BN=128, num_warps=4, num_stages=2),
     "query_backward": Config(BM=64, BN=64, num_warps=4, num_stages=2),
-    "key_backward": Config(BM=64, BN=64, num_warps=4, num_stages=2),
+    "key_backward": Config(BM=64, BN=64, num_warps=4, num_stages=3),
 }
+# Without wgmma the scores and the accumulator of 128 rows do not fit four warps' registers.
+WARP_LEVEL = HOPPER | {
+    "sparse_forward": Config(BM=128, BN=64, num_warps=8, num_stages=2),
+    "low_bit_forward": Config(BM=128, BN=128, num_warps=8, num_stages=2),
+    "key_backward": Config(BM=64, BN=64, num_warps=8, num_stages=2),
+}
+CONFIGS = {80: WARP_LEVEL, 86: WARP_LEVEL, 89: WARP_LEVEL, 90: HOPPER, 100: HOPPER, 120: WARP_LEVEL}
 # Three TF32 products a dot keep two copies of each operand in shared memory.
 FP32 = Config(BM=32, BN=32, num_warps=4, num_stages=1)
 
@@ -66,7 +73,7 @@ def has_fp8(device: torch.device) -> bool:
 
 def choose(kernel: str, arch: int, element: int, BD: int, block_q: int, block_k: int) -> Config:
     """Configuration of a kernel on an architecture, for elements of that many bytes."""
-    c = FP32 if element == 4 else CONFIGS[kernel]
+    c = FP32 if element == 4 else CONFIGS[arch][kernel]
     BM, BN = min(c.BM, block_q), min(c.BN, block_k)
     own, step = (BN, BM) if kernel == "key_backward" else (BM, BN)
     resident, moving = 2 * own * BD * element, 2 * step * BD * element  # two tensors each
@@ -87,11 +94,20 @@ def product_config(x: Tensor) -> tuple[int, int, int, int, int]:
 
 
 # Tokens that a kernel of the linear branch takes at a time from its block, and warps.
-LINEAR = {"state": (64, 8), "rows": (64, 8), "rows_backward": (64, 8), "state_backward": (64, 8)}
+LINEAR_HOPPER = {"state": (64, 4), "rows": (32, 4), "rows_backward": (64, 8), "state_backward": (64, 8)}
+LINEAR_WARP_LEVEL = LINEAR_HOPPER | {"state": (64, 8), "rows_backward": (16, 8)}
+LINEAR = {
+    80: LINEAR_WARP_LEVEL,
+    86: LINEAR_WARP_LEVEL,
+    89: LINEAR_WARP_LEVEL,
+    90: LINEAR_HOPPER,
+    100: LINEAR_HOPPER | {"rows_backward": (32, 8)},  # Triton 3.7 cannot compile it with 64
+    120: LINEAR_WARP_LEVEL,
+}
 STATE_GROUP = (4, 2)  # blocks that a program of the state kernel takes, and tiles in flight
 
 
 def linear_config(kernel: str, x: Tensor, block: int) -> tuple[int, int]:
     """BM and warps of a kernel of the linear branch."""
-    BM, num_warps = (32, 8) if x.element_size() == 4 else LINEAR[kernel]
+    BM, num_warps = (32, 8) if x.element_size() == 4 else LINEAR[architecture(x.device)][kernel]
     return min(block, BM), num_warps

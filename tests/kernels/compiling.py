@@ -80,7 +80,6 @@ def recorded(arch: int):
     with (
         patch.object(JITFunction, "run", record),
         patch.object(launch, "architecture", lambda device: arch),
-        patch.object(low_bit, "architecture", lambda device: arch),
     ):
         yield launches
 

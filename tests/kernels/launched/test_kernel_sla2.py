@@ -179,7 +179,7 @@ def test_operators_pass_torchs_own_checks():
     torch.library.opcheck(attention_op, (q, k, v, alpha, None, None, mask, *settings), test_utils=checks)
     torch.library.opcheck(attention_op, (q, k, v, alpha, None, None, None, *settings), test_utils=checks)
     low = [x.detach().bfloat16().requires_grad_() for x in (q, k, v)]
-    torch.library.opcheck(low_bit_sparse_op, (*low, mask[..., :4], 32, 32, "int8"), test_utils=checks)
+    torch.library.opcheck(low_bit_sparse_op, (*low, torch.ones_like(mask[..., :4]), 32, 32, "int8"), test_utils=checks)
 
 
 @pytest.mark.parametrize("backend", ["eager"] + (["inductor"] if DEVICE == "cuda" else []))
