@@ -1,7 +1,9 @@
-"""`sla2 <step> ...`: the same as `python -m sla2.<step> ...`."""
+"""`sla2 <step> ...`: the same as `python -m sla2.<step> ...`, at once where a workflow has the libraries loaded."""
 
 import runpy
 import sys
+
+from sla2.preload import hand_over
 
 STEPS = {
     "config": "sla2.config",
@@ -26,4 +28,7 @@ def main() -> None:
         raise SystemExit(0 if wanted_help else 2)
     module = STEPS[sys.argv[1]]
     sys.argv = [f"sla2 {sys.argv[1]}", *sys.argv[2:]]
+    code = hand_over(module, sys.argv)
+    if code is not None:
+        raise SystemExit(code)
     runpy.run_module(module, run_name="__main__")

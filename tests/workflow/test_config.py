@@ -79,7 +79,7 @@ IMPOSSIBLE = [
     ({"data.video.height": 72}, "data.video.height", ["72", "16", "64"]),
     ({"data.video.width": 40}, "data.video.width", ["40", "16", "32"]),
     ({"data.video.frames": 18}, "data.video.frames", ["18", "2 k + 1", "17"]),
-    ({"stage1.query_blocks": 19}, "stage1.query_blocks", ["19", "18"]),
+    ({"stage1.query_blocks": 37}, "stage1.query_blocks", ["37", "36"]),
     ({"stage2.micro_batch": 3}, "stage2.micro_batch", ["3", "4", "divisor"]),
     ({"stage2.warmup": 100000}, "stage2.warmup", ["100000", "fewer"]),
     ({"stage2.headline.rows": ["full", "sla3"]}, "stage2.headline.rows", ["sla3", "choose"]),

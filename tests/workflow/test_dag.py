@@ -97,7 +97,7 @@ def test_changed_report_setting(finished):
 
 
 def test_changed_stage2_setting(finished):
-    finished.edit("config/tiny.yaml", "lr: 1e-4", "lr: 2e-4")
+    finished.edit("config/tiny.yaml", "lr: 1e-3", "lr: 2e-3")
     pending = finished.pending()
     assert stage2("full") | stage2("full", 1) | stage2("sla2-85") | score("sla2-85") <= pending
     assert not {"data/data.json", "base_model/base_model.json", "latency/latency.csv"} & pending
@@ -143,7 +143,7 @@ def test_target(checkout, target, made):
 
 
 def test_wrong_config_stops_with_one_line(checkout):
-    checkout.edit("config/tiny.yaml", "block_q: 32", "block_q: 3200")
+    checkout.edit("config/tiny.yaml", "block_q: 16", "block_q: 3200")
     done = checkout.snakemake(check=False)
     assert done.returncode
     errors = [line for line in done.stderr.splitlines() if "error" in line.lower()]

@@ -17,5 +17,5 @@ rule base_model:
         data=subpath(input.data, parent=True),
         output=subpath(output.base, parent=True),
     shell:
-        "( python -m sla2.base_model --settings {params.settings:q} --data {params.data} --output {params.output} )"
+        "( sla2 base_model --settings {params.settings:q} --data {params.data} --output {params.output} )"
         " 2>&1 | tee {log}"

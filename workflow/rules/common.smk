@@ -5,11 +5,13 @@ import os
 import re
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 from sla2.config import as_argument, check_study
 from sla2.config_checks import check_paths
 from sla2.errors import UserError
+from sla2.preload import start
 from sla2.variant import BASE, Variant
 
 # Jobs call `python`: the one that runs Snakemake, also where its environment is not activated.
@@ -35,6 +37,14 @@ def hold_folder():
     return held
 
 
+preloaded = []  # the server of `sla2.preload` of this run, if it has one
+
+
+def end_preloaded():
+    for server in preloaded:
+        server.terminate()
+
+
 ALIVE = hold_folder() if workflow.is_main_process else None
 
 try:
@@ -50,9 +60,17 @@ onstart:
         check_paths(study)
     except UserError as error:
         raise SystemExit(f"error: {error}")
+    # Importing for all jobs costs what importing for two does, so a few jobs import for themselves.
+    if workflow.local_exec and sum(1 for _ in workflow.dag.needrun_jobs()) > 5:
+        preloaded.append(start(Path(tempfile.mkdtemp(prefix="sla2-"))))
+
+
+onsuccess:
+    end_preloaded()
 
 
 onerror:
+    end_preloaded()
     print(
         f"\nfailed: the log of each job is under results/{study.config['study']}/logs; finished work is kept, the same command resumes",
         file=sys.stderr,

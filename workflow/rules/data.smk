@@ -17,4 +17,4 @@ rule data:
         settings=settings("data"),
         output=subpath(output.summary, parent=True),
     shell:
-        "( python -m sla2.data --settings {params.settings:q} --output {params.output} ) 2>&1 | tee {log}"
+        "( sla2 data --settings {params.settings:q} --output {params.output} ) 2>&1 | tee {log}"

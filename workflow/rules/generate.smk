@@ -24,5 +24,5 @@ rule generate:
         trained=lambda w, input: folder_option("--trained", input.adapter),
         output=subpath(output.manifest, parent=True),
     shell:
-        "( python -m sla2.generate --settings {params.settings:q} --base {input.base} {params.trained}"
+        "( sla2 generate --settings {params.settings:q} --base {input.base} {params.trained}"
         " --prompts {input.prompts} --output {params.output} ) 2>&1 | tee {log}"

@@ -18,5 +18,5 @@ rule latency:
     params:
         settings=settings("latency", attention=ATTENTION, variants=list(ROWS.values())),
     shell:
-        "( python -m sla2_eval.latency --settings {params.settings:q} --base {input.base} --variants {input.sheet} --output {output} )"
+        "( sla2 latency --settings {params.settings:q} --base {input.base} --variants {input.sheet} --output {output} )"
         " 2>&1 | tee {log}"

@@ -27,7 +27,7 @@ rule tables:
         settings=settings("report", variants=list(ROWS.values())),
         output=subpath(output[0], parent=True),
     shell:
-        "( python -m sla2_eval.tables --settings {params.settings:q} --base {input.base} --scores {input.scores}"
+        "( sla2 tables --settings {params.settings:q} --base {input.base} --scores {input.scores}"
         " --latency {input.latency} --training {input.training} --output {params.output} ) 2>&1 | tee {log}"
 
 
@@ -123,5 +123,5 @@ rule report:
         figures=lambda w, input: Path(input.figures[0]).parent,
         videos=lambda w, input: Path(input.videos[0]).parents[2],
     shell:
-        "( python -m sla2_eval.report --tables {params.tables} --figures {params.figures} --videos {params.videos}"
+        "( sla2 report --tables {params.tables} --figures {params.figures} --videos {params.videos}"
         " --output {output} ) 2>&1 | tee {log}"

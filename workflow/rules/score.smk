@@ -15,8 +15,7 @@ rule judge:
         settings=settings("score.judge", video=VIDEO, **NATURALNESS),
         data=subpath(input.data, parent=True),
     shell:
-        "( python -m sla2_eval.judge --settings {params.settings:q} --data {params.data} --output {output} )"
-        " 2>&1 | tee {log}"
+        "( sla2 judge --settings {params.settings:q} --data {params.data} --output {output} )" " 2>&1 | tee {log}"
 
 
 rule score:
@@ -43,6 +42,6 @@ rule score:
         reference=lambda w, input: folders(input.reference),
         trained=lambda w, input: folder_option("--trained", input.adapters),
     shell:
-        "( python -m sla2_eval.score --settings {params.settings:q} --base {input.base}"
+        "( sla2 score --settings {params.settings:q} --base {input.base}"
         " --videos {params.videos} --reference {params.reference} {params.trained} --judge {input.judge}"
         " --prompts {input.prompts} --output {output} ) 2>&1 | tee {log}"

@@ -18,5 +18,5 @@ rule stage1:
         settings=lambda w: settings("stage1", variant=group_row(w.group), attention=ATTENTION, video=VIDEO),
         output=subpath(output.adapter, parent=True),
     shell:
-        "( python -m sla2.stage1 --settings {params.settings:q} --base {input.base} --output {params.output} )"
+        "( sla2 stage1 --settings {params.settings:q} --base {input.base} --output {params.output} )"
         " 2>&1 | tee {log}"

@@ -25,5 +25,5 @@ rule stage2:
         adapter=lambda w, input: folder_option("--adapter", input.adapter),
         output=subpath(output.adapter, parent=True),
     shell:
-        "( python -m sla2.stage2 --settings {params.settings:q} --base {input.base} {params.adapter} --output {params.output} )"
+        "( sla2 stage2 --settings {params.settings:q} --base {input.base} {params.adapter} --output {params.output} )"
         " 2>&1 | tee {log}"
