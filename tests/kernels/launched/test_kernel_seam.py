@@ -13,7 +13,7 @@ ROWS = [("sla2", "learned", "alpha"), ("sla2", "mean_pool", "alpha"), ("sla2", "
 
 @pytest.mark.parametrize("row", ROWS, ids="-".join)
 def test_every_kind_of_row_agrees_with_the_reference(row):
-    case = Case(100, 24, 32, 16, 2)
+    case = Case(70, 16, 32, 16, 2, H=1)
     attention, router, mixing = row
     variant = Variant("row", attention, router, mixing, "none", 0.7, finetune=True)
     q, k, v, grad = draw(case, torch.float32)
