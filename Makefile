@@ -1,6 +1,8 @@
 # make ablations   the study, end to end (tiny by default; make ablations STUDY=mini for another)
 # make figures     figures again from the tables of a study, or of any folder: make figures FROM=results/reference/mini
 # make test        every check
+# make test-gpu    the kernels' tests on this machine's GPU
+# make bench-kernels   times the kernels on this machine's GPU, into results/reference/kernels-$(GPU)
 # make style       format and mend what can be mended
 # FLAGS goes to Snakemake, such as FLAGS="--resources gpu=4".
 # Each target sets up .venv first, when it is missing or older than what it is made from.
@@ -9,6 +11,7 @@ STUDY ?= tiny
 CONFIG ?= config/$(STUDY).yaml
 FROM ?=
 FLAGS ?=
+GPU ?= h200
 
 VENV := .venv
 READY := $(VENV)/.ready
@@ -24,7 +27,7 @@ export VIRTUAL_ENV := $(CURDIR)/$(VENV)
 export PYTHONUNBUFFERED := 1
 unexport PYTHONPATH PYTHONHOME
 
-.PHONY: ablations figures test style help
+.PHONY: ablations figures test test-gpu bench-kernels style help
 .DELETE_ON_ERROR:
 
 help:
@@ -68,6 +71,14 @@ test: $(READY)
 	snakemake --lint
 	snakefmt --check Snakefile workflow/rules
 	pytest -n 2 --dist loadgroup
+
+test-gpu: $(READY)
+	@python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("error: torch sees no GPU here; run this on a machine with one")'
+	pytest tests/kernels
+
+bench-kernels: $(READY)
+	python kernels/bench/measure.py --output results/reference/kernels-$(GPU) --commit $$(git rev-parse HEAD)
+	python kernels/bench/figures.py results/reference/kernels-$(GPU)
 
 style: $(READY)
 	ruff check --fix .

@@ -24,6 +24,7 @@ from sla2_eval.palette import style
 from sla2_eval.table_set import TableSet
 
 PIXELS_PER_INCH = 160
+LONG_NAME = 24  # letters of a metric's name that fit above a panel
 CHARACTERS_PER_INCH = 12  # of a bold title; a legend has a few more
 LEGEND_ROW = 0.19  # inches
 RULES = {
@@ -100,8 +101,9 @@ def with_unit(tables: TableSet, metric: str, text: str) -> str:
 
 
 def metric_name(tables: TableSet, metric: str) -> str:
-    """Name of a metric with its unit and an arrow towards better."""
-    return with_unit(tables, metric, metric) + {"true": " ↑", "false": " ↓", "": ""}[tables.direction(metric)]
+    """Name of a metric with its unit and an arrow towards better; a long one in two lines, as panels stand side by side."""
+    name = metric if len(metric) <= LONG_NAME else metric.replace(".", ".\n", 1)
+    return with_unit(tables, metric, name) + {"true": " ↑", "false": " ↓", "": ""}[tables.direction(metric)]
 
 
 def entitle(ax: Axes, tables: TableSet, metric: str) -> None:

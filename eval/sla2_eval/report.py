@@ -13,26 +13,10 @@ from pathlib import Path
 
 from sla2.errors import UserError, run_main
 from sla2.files import read_json, write_folder
+from sla2_eval.captions import CAPTIONS
 from sla2_eval.palette import style
 from sla2_eval.table_set import SUMMARIES, TableSet
 
-CAPTIONS = {
-    "quality_sparsity": "Headline metrics against the sparsity that was realised. Lines join rows that differ in sparsity only; "
-    "horizontal lines with bands are the dense rows. Bars and bands are intervals of the mean; a marker without a bar has no "
-    "interval. Rows of one sparsity stand side by side, a few per cent of the kept share apart.",
-    "ablation_bars": "One part of the method changed at a time, all at the same sparsity. The grey band is the reference. "
-    "Intervals of two rows may overlap although their paired difference is resolved: judge by the fill, or by the next figure.",
-    "paired_differences": "Difference to the reference on the same prompts, seeds and initial noise. Filled: the interval leaves "
-    "out 0, also after correction for the number of metrics. Half-filled: the whole interval lies inside the margin (shaded) that was "
-    "set before the run. Hollow: neither, so this study does not tell the two apart.",
-    "pareto": "Quality against speed. The grey staircase joins rows that no other row beats in both. FLOPs are counted at the "
-    "blocks that were kept; speed-ups are measured against dense attention in the same process on the device named above the panel.",
-    "attention_error_by_layer": "Each layer's attention against dense attention on the same Q, K and V of held-out clips, so an "
-    "error is the attention's own and not the drift of layers before it.",
-    "training_curves": "What training did. Held-out curves use clips that no training saw; a hard error is that of the operator as "
-    "inference runs it, not of its soft relaxation.",
-    "contact_sheet": "Frames over time. Rows share prompt, seed and initial noise; frames come from the lossless files.",
-}
 MARKS = {"resolved": "●", "equivalent": "◐", "reference": "ref", "": ""}
 
 
@@ -189,11 +173,11 @@ def spreads(headline: list[dict]) -> dict[str, list[dict]]:
     return found
 
 
-def number(value: float | None) -> str:
-    """Four significant digits, for people."""
+def number(value: float | None, digits: int = 4) -> str:
+    """So many significant digits, for people."""
     if value is None:
         return "–"
-    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:#.4g}" if value else "0"
+    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:#.{digits}g}" if value else "0"
 
 
 if __name__ == "__main__":

@@ -46,8 +46,6 @@ def keep_rows(study, folder, wanted):
 
 def test_page_has_a_caption_for_every_figure():
     assert set(CAPTIONS) == set(SCRIPTS)
-    for name, caption in CAPTIONS.items():
-        assert (FIGURES.parent / f"report/{name}.rst").read_text().strip() == caption
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

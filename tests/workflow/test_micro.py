@@ -20,7 +20,7 @@ ROWS = {"base": 1, "full": 1, "sla-95": 1, "sla2-90": 2}
 pytestmark = pytest.mark.xdist_group("micro")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")  # a module's would be made again where a worker waits between two tests
 def study(tmp_path_factory) -> Checkout:
     folder = copy_checkout(ROOT, tmp_path_factory.mktemp("micro") / "checkout", PARTS)
     (folder / "tests/workflow").mkdir(parents=True)

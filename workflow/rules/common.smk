@@ -13,6 +13,7 @@ from sla2.config_checks import check_paths
 from sla2.errors import UserError
 from sla2.preload import start
 from sla2.variant import BASE, Variant
+from sla2_eval.captions import CAPTIONS
 
 # Jobs call `python`: the one that runs Snakemake, also where its environment is not activated.
 os.environ.update(PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
@@ -95,15 +96,8 @@ TABLES = expand(
     ]
     + ["study.json", "provenance.json"],
 )
-PLOTS = [
-    "quality_sparsity",
-    "ablation_bars",
-    "paired_differences",
-    "pareto",
-    "attention_error_by_layer",
-    "training_curves",
-]
-FIGURES = expand("<results>/figures/{figure}.{kind}", figure=[*PLOTS, "contact_sheet"], kind=["svg", "png"])
+PLOTS = [name for name in CAPTIONS if name != "contact_sheet"]  # that one needs videos, the others tables only
+FIGURES = expand("<results>/figures/{figure}.{kind}", figure=list(CAPTIONS), kind=["svg", "png"])
 NOTEBOOKS = expand("<results>/notebooks/{notebook}.ipynb", notebook=["quality", "efficiency"])
 EVERY = {
     "stage1": [f"<results>/stage1/{group}/adapter.safetensors" for group in GROUPS],

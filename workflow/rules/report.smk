@@ -39,7 +39,7 @@ rule figure:
     output:
         report(
             "<results>/figures/{figure}.svg",
-            caption="../report/{figure}.rst",
+            caption="../report/figure.rst",
             category="Figures",
         ),
         "<results>/figures/{figure}.png",
@@ -48,6 +48,7 @@ rule figure:
     conda:
         "../envs/sla2.yaml"
     params:
+        caption=lambda w: CAPTIONS[w.figure],
         tables=subpath(input[0], parent=True),
         output=subpath(output[0], strip_suffix=".svg"),
     shell:
@@ -63,7 +64,7 @@ rule contact_sheet:
     output:
         report(
             "<results>/figures/contact_sheet.svg",
-            caption="../report/contact_sheet.rst",
+            caption="../report/figure.rst",
             category="Figures",
         ),
         "<results>/figures/contact_sheet.png",
@@ -72,6 +73,7 @@ rule contact_sheet:
     conda:
         "../envs/sla2.yaml"
     params:
+        caption=CAPTIONS["contact_sheet"],
         tables=subpath(input[0], parent=True),
         videos=lambda w, input: Path(input.videos[0]).parents[2],
         output=subpath(output[0], strip_suffix=".svg"),

@@ -11,7 +11,7 @@ from sla2_eval import plot
 from sla2_eval.palette import GREY, style
 from sla2_eval.table_set import TableSet
 
-LABELS = {"hard_error": "hard relative L1 error", "loss": "diffusion loss"}
+LABELS = {"hard_error": "hard relative squared error", "loss": "diffusion loss"}
 LINES = ("-", "--", ":", "-.")  # by training seed
 
 

@@ -1,0 +1,19 @@
+"""What stands under each figure, on the page and in Snakemake's report. Standard library only, as the Snakefile reads it."""
+
+CAPTIONS = {
+    "quality_sparsity": "Headline metrics against the sparsity that was realised. Lines join rows that differ in sparsity only; "
+    "horizontal lines with bands are the dense rows. Bars and bands are intervals of the mean; a marker without a bar has no "
+    "interval. Rows of one sparsity stand side by side, a few per cent of the kept share apart.",
+    "ablation_bars": "One part of the method changed at a time, all at the same sparsity. The grey band is the reference. "
+    "Intervals of two rows may overlap although their paired difference is resolved: judge by the fill, or by the next figure.",
+    "paired_differences": "Difference to the reference on the same prompts, seeds and initial noise. Filled: the interval leaves "
+    "out 0, also after correction for the number of metrics. Half-filled: the whole interval lies inside the margin (shaded) that was "
+    "set before the run. Hollow: neither, so this study does not tell the two apart.",
+    "pareto": "Quality against speed. The grey staircase joins rows that no other row beats in both. FLOPs are counted at the "
+    "blocks that were kept; speed-ups are measured against dense attention in the same process on the device named above the panel.",
+    "attention_error_by_layer": "Each layer's attention against dense attention on the same Q, K and V of held-out clips, so an "
+    "error is the attention's own and not the drift of layers before it.",
+    "training_curves": "What training did. Held-out curves use clips that no training saw; a hard error is that of the operator as "
+    "inference runs it, not of its soft relaxation.",
+    "contact_sheet": "Frames over time. Rows share prompt, seed and initial noise; frames come from the lossless files.",
+}
