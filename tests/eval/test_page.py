@@ -84,7 +84,7 @@ def test_the_main_table_shows_the_tables(study, page):
     text = re.sub(r"\s+", " ", (page / "index.html").read_text())
     row = TableSet(study / "tables").metric("fidelity.psnr")["sla2-97"]
     assert f'<span class="mean">{report.number(row["mean"])}</span> <span class="mark">●</span>' in text
-    assert f"{report.number(row['ci_low'])} … {report.number(row['ci_high'])}" in text
+    assert f"{report.number(row['ci_low'], 3)} … {report.number(row['ci_high'], 3)}" in text
     assert '<td class="absent" title="not measured">–</td>' in text, "the reference of fidelity has no fidelity"
 
 
