@@ -7,10 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sla2.router import top_k
 from sla2.variant import MIXINGS, QUANTIZERS, ROUTERS, Variant, kept_blocks
 from sla2_kernels import linear_attention, resolve_backend, sla2_attention, sparse_attention
-from sla2_kernels.reference import num_blocks, pool_blocks, smooth_keys
+from sla2_kernels.reference import num_blocks, pool_blocks, smooth_keys, top_k_mask
 
 
 @dataclass(frozen=True)
@@ -66,10 +65,13 @@ class SparseLinearAttention(nn.Module):
         """Key blocks that each query block keeps at that length."""
         return kept_blocks(self.variant.sparsity, num_blocks(tokens, self.settings.block_k))
 
-    @torch.no_grad()
     def route(self, q: Tensor, k: Tensor) -> Tensor:
         """Hard mask (B, H, T_m, T_n), bool, of queries and keys (B, H, N, D)."""
-        return top_k(self.scores(q, smooth_keys(k)), self.kept(k.shape[-2]))
+        return self._choose(q, smooth_keys(k))
+
+    @torch.no_grad()
+    def _choose(self, q: Tensor, smooth: Tensor) -> Tensor:
+        return top_k_mask(self.scores(q, smooth), self.kept(smooth.shape[-2]))
 
     def linear_weight(self, mask: Tensor) -> Tensor:
         """Blocks of the linear branch: what the sparse one skips; every block for `sla_main`."""
@@ -89,7 +91,7 @@ class SparseLinearAttention(nn.Module):
         if fused and resolve_backend(s.backend, q) == "triton":
             return self._fused(q, k, v, blocks)
         smooth = smooth_keys(k)  # shifts every row of S by a constant, so the softmax branch is unchanged
-        mask = self.route(q, k)
+        mask = self._choose(q, smooth)
         precision = self.quantizer.precision(self.training)
         sparse, _ = sparse_attention(q, smooth, v, mask, precision=precision, **blocks)
         phi_keys = smooth if s.phi_keys == "smoothed" else k

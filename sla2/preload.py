@@ -46,30 +46,41 @@ def start(folder: Path) -> subprocess.Popen:
 
 def serve(path: str, parent: int, modules: tuple[str, ...] = HEAVY) -> None:
     """Import, then fork a child for each connection, until the process `parent`, which started this one, is gone."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
+    try:
+        _import(modules)
+        _listen(path, parent)
+    finally:
+        shutil.rmtree(Path(path).parent, ignore_errors=True)
+
+
+def _import(modules: tuple[str, ...]) -> None:
     for name in modules:
         module, _, attribute = name.rpartition(".")
         if module and attribute[0].isupper():
             getattr(importlib.import_module(module), attribute)
         else:
             importlib.import_module(name)
+
+
+def _listen(path: str, parent: int) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the children here; their clients do
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(path)
         server.listen(64)
-        try:
-            while os.getppid() == parent:
-                if not select.select([server], [], [], 1.0)[0]:
-                    continue
-                connection, _ = server.accept()
-                if os.fork() == 0:
-                    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-                    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-                    server.close()
+        while os.getppid() == parent:
+            if not select.select([server], [], [], 1.0)[0]:
+                continue
+            connection, _ = server.accept()
+            if os.fork() == 0:
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+                server.close()
+                try:
                     _child(connection)
-                connection.close()
-        finally:
-            shutil.rmtree(Path(path).parent, ignore_errors=True)
+                finally:  # a client that left half-way must not have the server's own cleaning up run here
+                    os._exit(1)
+            connection.close()
 
 
 def _child(connection: socket.socket) -> None:

@@ -1,6 +1,6 @@
 """Routers: which key blocks a query block attends to exactly (paper section 4, equations 15 to 17).
 
-A router turns pooled queries and keys into scores; `top_k` (hard, equation 16) and `soft_top_k` (equation 17) turn scores into
+A router turns pooled queries and keys into scores; `top_k_mask` (hard, equation 16, beside the kernels) and `soft_top_k` (equation 17) turn scores into
 masks. Where we differ from the paper: equation 16 scores raw products, Algorithm 2 line 8 puts softmax(. / sqrt(d)) on them; the
 hard mask is the same, SoftTop-k is not, so `router_logits` chooses and defaults to `raw` (wan.md section 4: softmaxed scores make
 the soft mask nearly uniform).
@@ -8,6 +8,8 @@ the soft mask nearly uniform).
 
 import torch
 from torch import Tensor, nn
+
+from sla2_kernels.reference import top_k_mask
 
 BISECTIONS = 40  # halves the bracket below fp32 resolution
 
@@ -59,12 +61,6 @@ class RandomRouter(nn.Module):
         return scores.to(q.device).expand(q.shape[0], *shape)
 
 
-def top_k(scores: Tensor, kept: int) -> Tensor:
-    """Hard mask (..., T_m, T_n), bool: the `kept` largest scores of each row, ties to the lower block index."""
-    order = scores.sort(dim=-1, descending=True, stable=True).indices[..., :kept]
-    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order, True)
-
-
 class _SoftTopK(torch.autograd.Function):
     @staticmethod
     def forward(ctx, scores: Tensor, kept: float, tau: float) -> Tensor:
@@ -113,4 +109,4 @@ def soft_top_k(scores: Tensor, kept: float, tau: float) -> Tensor:
 def straight_through(scores: Tensor, kept: int, tau: float) -> Tensor:
     """The hard mask's value with SoftTop-k's gradient: what stage 1 optimises is then what inference runs."""
     soft = soft_top_k(scores, kept, tau)
-    return soft + (top_k(scores, kept).to(soft) - soft).detach()
+    return soft + (top_k_mask(scores, kept).to(soft) - soft).detach()
