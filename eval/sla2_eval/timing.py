@@ -1,7 +1,9 @@
 """Timing that can be compared: one process, warm-up, interleaved repeats, CUDA events on a GPU."""
 
 import os
+import statistics
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable
 
@@ -22,9 +24,7 @@ def refuse_shared_gpu(device: torch.device) -> None:
     """
     if device.type != "cuda":
         return
-    index = str(device.index or 0)
-    if os.environ.get("CUDA_VISIBLE_DEVICES"):
-        index = os.environ["CUDA_VISIBLE_DEVICES"].split(",")[int(index)].strip()
+    index = gpu_index(device)
     processes = _query("--query-compute-apps=pid,process_name,used_memory", index)
     if processes:
         raise UserError(f"GPU {index}: used by {'; '.join(processes)}; latency needs the whole GPU, wait or stop them")
@@ -35,6 +35,14 @@ def refuse_shared_gpu(device: torch.device) -> None:
         )
 
 
+def gpu_index(device: torch.device) -> str:
+    """What `nvidia-smi -i` calls this device, which CUDA_VISIBLE_DEVICES may have renumbered."""
+    index = str(device.index or 0)
+    if os.environ.get("CUDA_VISIBLE_DEVICES"):
+        index = os.environ["CUDA_VISIBLE_DEVICES"].split(",")[int(index)].strip()
+    return index
+
+
 def _query(what: str, index: str, *options: str) -> list[str]:
     command = ["nvidia-smi", "-i", index, what, "--format=" + ",".join(("csv", "noheader", *options))]
     answer = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -43,6 +51,58 @@ def _query(what: str, index: str, *options: str) -> list[str]:
             f"nvidia-smi: {(answer.stdout or answer.stderr).strip()}; without it the GPU cannot be shown to be free"
         )
     return [line.strip() for line in answer.stdout.splitlines() if line.strip()]
+
+
+class GpuWatch:
+    """Clock, power and temperature of a GPU while a block runs, read four times a second by `nvidia-smi` in a process of its own.
+
+    `summary` is empty on a CPU, and where the driver tells nothing.
+    """
+
+    FIELDS = "clocks.sm,power.draw,temperature.gpu"
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.samples = device, []
+
+    def __enter__(self) -> "GpuWatch":
+        self.samples = []
+        if self.device.type == "cuda":
+            self._output = tempfile.TemporaryFile("w+")
+            command = ["nvidia-smi", "-i", gpu_index(self.device), f"--query-gpu={self.FIELDS}", "-lms", "250"]
+            self._process = subprocess.Popen(
+                [*command, "--format=csv,noheader,nounits"], stdout=self._output, stderr=subprocess.DEVNULL
+            )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.device.type == "cuda":
+            self._process.terminate()
+            self._process.wait()
+            self._output.seek(0)
+            self.samples = [found for line in self._output if (found := _numbers(line))]
+            self._output.close()
+
+    @property
+    def summary(self) -> dict[str, float]:
+        """Median and lowest clock in MHz, median power in W, highest temperature in degrees Celsius."""
+        if not self.samples:
+            return {}
+        clocks, powers, temperatures = zip(*self.samples, strict=True)
+        return {
+            "clock_mhz": statistics.median(clocks),
+            "clock_mhz_min": min(clocks),
+            "power_w": statistics.median(powers),
+            "temperature_c_max": max(temperatures),
+        }
+
+
+def _numbers(line: str) -> tuple[float, float, float] | None:
+    """Clock, power and temperature of a line; None for one that was cut short or says `[N/A]`."""
+    try:
+        clock, power, temperature = map(float, line.split(","))
+    except ValueError:
+        return None
+    return clock, power, temperature
 
 
 def interleaved_ms(
@@ -67,13 +127,14 @@ def interleaved_ms(
     for number in range(warmup + repeats):
         for name, function in functions.items():
             prepare(name)
-            elapsed = _call_ms(function, device)
+            elapsed = call_ms(function, device)
             if number >= warmup:
                 times[name].append(elapsed)
     return times
 
 
-def _call_ms(function: Callable[[], object], device: torch.device) -> float:
+def call_ms(function: Callable[[], object], device: torch.device) -> float:
+    """Milliseconds of one call: by CUDA events on a GPU, by the clock elsewhere."""
     if device.type == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize(device)
