@@ -8,6 +8,7 @@ Either way the result is loaded by `WanPipeline.from_pretrained`, and latents an
 import argparse
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from sla2.errors import UserError, run_main
@@ -26,12 +27,14 @@ def main() -> None:
     args = parser.parse_args()
     settings, output = args.settings, args.output
 
+    import torch
+
     from sla2.data import Clips
     from sla2.device import claim_device
-    from sla2.latents import Latents, encode
+    from sla2.latents import Latents, encode_clips, encode_texts
     from sla2.small_wan import build_pipeline, train_transformer, train_vae
     from sla2.training import Log
-    from sla2.wan import load_pipeline, load_transformer_config
+    from sla2.wan import load_text_encoder, load_transformer_config, load_vae
 
     device = claim_device(settings)
     splits = {name: Clips(args.data / f"{name}.jsonl", settings["video"]) for name in ("train", "heldout")}
@@ -39,25 +42,30 @@ def main() -> None:
     work, log = output / f".work-{identity}", Log()
     latents = output / f"latents-{identity}"
 
-    def encode_splits(pipeline) -> dict[str, Latents]:
-        pipeline.vae.to(device)
-        pipeline.text_encoder.to(device)
-        for name, clips in splits.items():
-            if len(clips):
-                encode(pipeline, clips, latents / name, settings["text_length"], device)
-        return {name: Latents(latents / name) for name, clips in splits.items() if len(clips)}
+    def encode(text_pipeline: Callable, vae: Callable) -> dict[str, Latents]:
+        """Captions first: UMT5-XXL is eight times the size of the VAE and is let go before frames are encoded."""
+        used = {name: clips for name, clips in splits.items() if len(clips)}
+        pipeline = text_pipeline()
+        for name, clips in used.items():
+            encode_texts(pipeline, clips.captions, latents / name, settings["text_length"], device)
+        del pipeline
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        encoder = vae().to(device)
+        for name, clips in used.items():
+            encode_clips(encoder, clips, latents / name, settings["text_length"], device, settings["encode_batch"])
+        return {name: Latents(latents / name) for name in used}
 
     place, revision = settings["pretrained"], settings["revision"]
     if place is None:
         place = str(output / "pipeline")
-        if not (work / "done").is_file():
-            pipeline = build_pipeline(settings, splits["train"].captions)
-            train_vae(pipeline.vae, splits["train"], settings, device, work, log)
-            data = encode_splits(pipeline)
-            train_transformer(pipeline, data["train"], data["heldout"], settings, device, work, log)
-            write_folder(place, lambda folder: pipeline.to("cpu").save_pretrained(folder))
+        pipeline = build_pipeline(settings, splits["train"].captions)
+        train_vae(pipeline.vae, splits["train"], settings, device, work, log)
+        data = encode(lambda: pipeline.to(device), lambda: pipeline.vae)
+        train_transformer(pipeline, data["train"], data["heldout"], settings, device, work, log)
+        write_folder(place, lambda folder: pipeline.to("cpu").save_pretrained(folder))
     else:
-        encode_splits(load_pipeline(place, revision, transformer=None))
+        encode(lambda: load_text_encoder(place, revision, device), lambda: load_vae(place, revision).eval())
     config = load_transformer_config(place, revision)
     write_json(output / "base_model.json", describe(settings, place, revision, config, latents.name))
     log.write(output / "log.csv")
@@ -66,6 +74,8 @@ def main() -> None:
     for stale in output.glob("latents-*"):
         if stale != latents:
             shutil.rmtree(stale, ignore_errors=True)
+    for stale in latents.glob("prompts-*"):  # of an earlier text encoder, by `sla2.generate`
+        stale.unlink()
     say(f"base_model: {place}")
 
 

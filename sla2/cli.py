@@ -17,6 +17,7 @@ STEPS = {
     "latency": "sla2_eval.latency",
     "tables": "sla2_eval.tables",
     "report": "sla2_eval.report",
+    "rehearsal": "sla2.rehearsal",
 }
 
 

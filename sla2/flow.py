@@ -82,16 +82,20 @@ def flow_losses(
 
 @torch.no_grad()
 def heldout_loss(
-    transformer: nn.Module, heldout: Latents, shift: float, device: torch.device, clips: int = 16
+    transformer: nn.Module, heldout: Latents, shift: float, device: torch.device, micro_batch: int = 0, clips: int = 16
 ) -> float:
-    """Flow-matching loss on held-out clips at fixed noise, in eval mode; comparable between steps and variants."""
+    """Flow-matching loss on held-out clips at fixed noise, in eval mode; comparable between steps and variants.
+
+    Args:
+        micro_batch: clips in one forward pass, as in `flow_losses`; four at a time share a draw whatever it is.
+    """
     was_training = transformer.training
     transformer.eval()
     total, count, empty = 0.0, min(clips, len(heldout)), heldout.empty_text.to(device)
     for start in range(0, count, 4):
         indices = list(range(start, min(start + 4, count)))
         latents, text = (tensor.to(device) for tensor in heldout.batch(indices))
-        (loss,) = flow_losses(transformer, latents, text, empty, shift, generator(0, 3, start))
-        total += len(indices) * float(loss)
+        parts = flow_losses(transformer, latents, text, empty, shift, generator(0, 3, start), micro_batch=micro_batch)
+        total += len(indices) * sum(map(float, parts))
     transformer.train(was_training)
     return total / count

@@ -1,7 +1,8 @@
 """Step generate: videos of the prompts by `WanPipeline` with the variant installed.
 
 Every variant gets the same prompts, seeds and initial noise: the noise of a video depends on its prompt's place and its seed
-only, and is drawn on the CPU. Videos are written one by one, so a stopped run keeps what is finished.
+only, and is drawn on the CPU. The first job embeds the prompts for all, so that UMT5-XXL is loaded once in a study and not beside
+the transformer. Videos are written one by one, so a stopped run keeps what is finished.
 
     python -m sla2.generate --settings JSON --base .../base_model.json [--trained .../stage2/VARIANT/seed0] --prompts TSV --output DIR
 """
@@ -13,20 +14,22 @@ import time
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sla2.attention import AttentionSettings
 from sla2.device import claim_device
 from sla2.errors import run_main
-from sla2.files import read_json, settings_hash, sha256_file, sha256_folder, write_atomic, write_json
+from sla2.files import atomic_path, read_json, settings_hash, sha256_file, sha256_folder, write_atomic, write_json
 from sla2.flow import generator
+from sla2.latents import encode_text
 from sla2.progress import bar
 from sla2.prompts import Prompt, read_prompts
 from sla2.record import write_provenance
 from sla2.training import each
 from sla2.variant import Variant
 from sla2.video import write_lossless, write_mp4
-from sla2.wan import BaseModel, load_pipeline, load_variant
+from sla2.wan import BaseModel, load_pipeline, load_text_encoder, load_variant
 
 
 def initial_noise(pipeline, base: BaseModel, place: int, seed: int) -> Tensor:
@@ -36,6 +39,21 @@ def initial_noise(pipeline, base: BaseModel, place: int, seed: int) -> Tensor:
     channels = pipeline.transformer.config.in_channels
     shape = (1, channels, frames, base.height // spatial, base.width // spatial)
     return torch.randn(shape, generator=generator(seed, 7, place))
+
+
+def embed(base: BaseModel, texts: list[str], device: torch.device) -> dict[str, Tensor]:
+    """Embedding (1, L, D) of each text, on the CPU; kept beside the latents, so that later jobs do without the text encoder."""
+    key = settings_hash({"texts": texts, "base": base.weights_sha256, "device": device.type})
+    path = Path(base.latents) / f"prompts-{key}.safetensors"
+    if not path.is_file():
+        pipeline = load_text_encoder(base.pipeline, base.revision, device)
+        rows = [encode_text(pipeline, [text], base.text_length, device).cpu() for text in texts]
+        del pipeline
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        with atomic_path(path) as temporary:
+            save_file({"text": torch.cat(rows)}, temporary)
+    return dict(zip(texts, load_file(path)["text"].split(1), strict=True))
 
 
 def main() -> None:
@@ -60,12 +78,15 @@ def main() -> None:
     done = {job[1].prompt_id + f"-s{job[2]}": finished(args.output, job, identity) for job in jobs}
     missing = [job for job in jobs if not done[f"{job[1].prompt_id}-s{job[2]}"]]
     if missing:
+        texts = sorted({prompt.text for prompt in prompts} | {settings["negative_prompt"]})
+        embeds = embed(base, texts, device)
         transformer = load_variant(base, variant, AttentionSettings(**settings["attention"]), args.trained, dtype)
-        pipeline = load_pipeline(base.pipeline, base.revision, dtype, transformer=transformer).to(device)
+        parts = {"transformer": transformer, "text_encoder": None, "tokenizer": None}
+        pipeline = load_pipeline(base.pipeline, base.revision, dtype, **parts).to(device)
         pipeline.set_progress_bar_config(disable=True)
         name = f"generate {variant.variant} seed {settings['train_seed']}"
         for batch in bar(list(each(missing, settings["batch"])), name):
-            for entry in sample(pipeline, base, batch, settings, device, args.output):
+            for entry in sample(pipeline, base, batch, embeds, settings, device, args.output):
                 write_json(args.output / "finished" / f"{entry['id']}.json", {**entry, "identity": identity})
                 done[entry["id"]] = entry
     write_provenance(args.output / "manifest.jsonl", settings, weights_sha256=trained)
@@ -87,13 +108,21 @@ def finished(output: Path, job: tuple[int, Prompt, int], identity: str) -> dict 
 
 
 @torch.no_grad()
-def sample(pipeline, base: BaseModel, batch: list, settings: dict, device: torch.device, output: Path) -> list[dict]:
-    """Sample and write one batch of (place, prompt, seed); returns their manifest entries."""
+def sample(
+    pipeline,
+    base: BaseModel,
+    batch: list,
+    embeds: dict[str, Tensor],
+    settings: dict,
+    device: torch.device,
+    output: Path,
+) -> list[dict]:
+    """Sample and write one batch of (place, prompt, seed), with embeddings by text; returns their manifest entries."""
     noise = torch.cat([initial_noise(pipeline, base, place, seed) for place, _, seed in batch])
     began = time.perf_counter()
     frames = pipeline(
-        prompt=[prompt.text for _, prompt, _ in batch],
-        negative_prompt=settings["negative_prompt"],
+        prompt_embeds=torch.cat([embeds[prompt.text] for _, prompt, _ in batch]).to(device),
+        negative_prompt_embeds=embeds[settings["negative_prompt"]].expand(len(batch), -1, -1).to(device),
         height=base.height,
         width=base.width,
         num_frames=base.frames,

@@ -1,5 +1,12 @@
-"""Latents and text embeddings, encoded once and cached in safetensors shards."""
+"""Latents and text embeddings, encoded once into safetensors shards with an index, and read ahead of the training step.
 
+A text embedding is stored without its padding, which is zeros: a caption of 60 tokens in place of 512. Shards are independent, so
+an interrupted run keeps the finished ones, and a clip is read by its place without touching the others.
+"""
+
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -14,33 +21,65 @@ from sla2.progress import bar
 SHARD_CLIPS = 64
 
 
-def encode(pipeline, clips, folder: Path, text_length: int, device: torch.device, batch: int = 8) -> None:
-    """Encode a split shard by shard; whole shards of an earlier run are kept.
+def encode_texts(pipeline, captions: list[str], folder: Path, text_length: int, device: torch.device) -> None:
+    """Embed the captions of a split, shard by shard, and the empty caption; finished shards of an earlier run are kept.
 
     Args:
-        pipeline: WanPipeline with VAE, tokenizer and text encoder.
-        clips: `sla2.data.Clips`.
-        folder: gets `00000.safetensors`, ... and `index.json`.
-        text_length: tokens that captions are padded to.
+        pipeline: with tokenizer and text encoder.
+        folder: gets `text-00000.safetensors`, ... and `empty.safetensors`.
+        text_length: tokens that captions are padded or cut to.
     """
-    starts = list(range(0, len(clips), SHARD_CLIPS))
-    for number in bar(len(starts), f"encode {folder.name}"):
-        path = folder / f"{number:05d}.safetensors"
-        if path.is_file():
-            continue
-        indices = list(range(starts[number], min(starts[number] + SHARD_CLIPS, len(clips))))
-        latents = []
-        for start in range(0, len(indices), batch):
-            frames = clips.batch(indices[start : start + batch]).to(device)
-            latents.append(encode_frames(pipeline.vae, frames).cpu())
-        captions = [clips[i].caption for i in indices]
-        tensors = {"latents": torch.cat(latents), "text": encode_text(pipeline, captions, text_length, device).cpu()}
-        with atomic_path(path) as temporary:
-            save_file(tensors, temporary)
-    empty = encode_text(pipeline, [""], text_length, device).cpu()
-    with atomic_path(folder / "empty.safetensors") as temporary:
-        save_file({"text": empty}, temporary)
+    for number, part in enumerate(bar(_shards(len(captions)), f"encode {folder.name} captions")):
+        path = folder / f"text-{number:05d}.safetensors"
+        if not path.is_file():
+            embeds = encode_text(pipeline, [captions[index] for index in part], text_length, device)
+            _save(path, packed(embeds.cpu()))
+    if not (folder / "empty.safetensors").is_file():
+        _save(folder / "empty.safetensors", packed(encode_text(pipeline, [""], text_length, device).cpu()))
+
+
+def encode_clips(vae, clips, folder: Path, text_length: int, device: torch.device, batch: int = 8) -> None:
+    """Encode the frames of a split, shard by shard, and write its index; finished shards of an earlier run are kept.
+
+    Args:
+        clips: `sla2.data.Clips`; the next frames are decoded while the VAE works.
+        folder: gets `00000.safetensors`, ... and `index.json`; `encode_texts` comes first.
+        batch: clips that the VAE takes at once.
+    """
+    shards = [(folder / f"{number:05d}.safetensors", part) for number, part in enumerate(_shards(len(clips)))]
+    jobs = [
+        (path, part[at : at + batch])
+        for path, part in shards
+        if not path.is_file()
+        for at in range(0, len(part), batch)
+    ]
+    left = {path: sum(job[0] == path for job in jobs) for path, _ in shards}
+    frames = Ahead(lambda step: clips.batch(jobs[step][1]))
+    latents: list[Tensor] = []
+    for step in bar(len(jobs), f"encode {folder.name} clips"):
+        path, _ = jobs[step]
+        latents.append(encode_frames(vae, frames(step, last=step + 1 == len(jobs)).to(device)).cpu())
+        left[path] -= 1
+        if not left[path]:
+            _save(path, {"latents": torch.cat(latents)})
+            latents = []
     write_json(folder / "index.json", {"clips": len(clips), "shard_clips": SHARD_CLIPS, "text_length": text_length})
+
+
+def _shards(count: int) -> list[list[int]]:
+    return [list(range(start, min(start + SHARD_CLIPS, count))) for start in range(0, count, SHARD_CLIPS)]
+
+
+def _save(path: Path, tensors: dict[str, Tensor]) -> None:
+    with atomic_path(path) as temporary:
+        save_file(tensors, temporary)
+
+
+def packed(embeds: Tensor) -> dict[str, Tensor]:
+    """Embeddings (B, L, D) without the zero rows that end each, as `text` (sum of lengths, D) and `ends` (B,)."""
+    lengths = [int(used.nonzero().max()) + 1 if used.any() else 0 for used in embeds.ne(0).any(-1)]
+    rows = [embed[:length] for embed, length in zip(embeds, lengths, strict=True)]
+    return {"text": torch.cat(rows), "ends": torch.tensor(lengths).cumsum(0)}
 
 
 @torch.no_grad()
@@ -62,15 +101,15 @@ def latent_statistics(vae, like: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def encode_text(pipeline, captions: list[str], text_length: int, device: torch.device) -> Tensor:
-    """Text embeddings (B, text_length, D) in fp32, as the pipeline makes them for a prompt."""
+    """Text embeddings (B, text_length, D) in the text encoder's dtype, as the pipeline makes them for a prompt."""
     embeds, _ = pipeline.encode_prompt(
         captions, do_classifier_free_guidance=False, max_sequence_length=text_length, device=device
     )
-    return embeds.float()
+    return embeds
 
 
 class Latents:
-    """Cached split: `batch(indices)` reads latents (B, C, T', h, w) and text embeddings (B, L, D) from its shards.
+    """Cached split: `batch(indices)` reads latents (B, C, T', h, w) and text embeddings (B, L, D), both fp32, from its shards.
 
     Raises:
         UserError: when the cache is missing.
@@ -79,23 +118,73 @@ class Latents:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         index = read_json(self.folder / "index.json")
-        self.clips, self.shard_clips = index["clips"], index["shard_clips"]
+        self.clips, self.shard_clips, self.text_length = index["clips"], index["shard_clips"], index["text_length"]
         if not self.clips:
             raise UserError(f"{self.folder}: holds no clips; give the data section more of them")
-        self.empty_text = self._tensor("empty", "text")
+        self.empty_text = self._text("empty", 0)[None]
 
     def __len__(self) -> int:
         return self.clips
 
-    def _tensor(self, shard: str, name: str) -> Tensor:
+    def _text(self, shard: str, place: int) -> Tensor:
+        """Padded embedding (L, D)."""
         with safe_open(self.folder / f"{shard}.safetensors", framework="pt") as file:
-            return file.get_tensor(name)
+            ends = [0, *file.get_tensor("ends").tolist()]
+            text = file.get_slice("text")[ends[place] : ends[place + 1]].float()
+        return torch.nn.functional.pad(text, (0, 0, 0, self.text_length - len(text)))
 
     def batch(self, indices: list[int]) -> tuple[Tensor, Tensor]:
         """Latents and text embeddings of these clips."""
-        rows: list[tuple[Tensor, Tensor]] = []
+        latents, texts = [], []
         for index in indices:
             shard, place = divmod(index, self.shard_clips)
             with safe_open(self.folder / f"{shard:05d}.safetensors", framework="pt") as file:
-                rows.append((file.get_slice("latents")[place : place + 1], file.get_slice("text")[place : place + 1]))
-        return torch.cat([row[0] for row in rows]), torch.cat([row[1] for row in rows])
+                latents.append(file.get_slice("latents")[place])
+            texts.append(self._text(f"text-{shard:05d}", place))
+        return torch.stack(latents), torch.stack(texts)
+
+
+class Ahead:
+    """Results of `read(step)`, the next one formed by a thread while this one is in use.
+
+    Args:
+        read: of a step's number; it runs in the thread.
+    """
+
+    def __init__(self, read: Callable[[int], object]) -> None:
+        self.read, self.waited_s = read, 0.0
+        self.thread = ThreadPoolExecutor(1)
+        self.coming: dict[int, Future] = {}
+
+    def __call__(self, step: int, last: bool = False):
+        """Result of a step; without `last`, the step after it is begun."""
+        began = time.perf_counter()
+        future = self.coming.pop(step, None) or self.thread.submit(self.read, step)
+        if not last:
+            self.coming[step + 1] = self.thread.submit(self.read, step + 1)
+        result = future.result()
+        self.waited_s += time.perf_counter() - began
+        return result
+
+
+class Stream:
+    """Batches of a training run on its device, read ahead by a thread, from pinned memory on a GPU.
+
+    Args:
+        data: the split.
+        order: indices of the batch of a step.
+        steps: of the run; nothing is read beyond them.
+    """
+
+    def __init__(self, data: Latents, order: Callable[[int], list[int]], steps: int, device: torch.device) -> None:
+        self.device, self.steps = device, steps
+        pin = (lambda tensor: tensor.pin_memory()) if device.type == "cuda" else (lambda tensor: tensor)
+        self.ahead = Ahead(lambda step: [pin(tensor) for tensor in data.batch(order(step))])
+
+    def __call__(self, step: int) -> list[Tensor]:
+        """Latents (B, C, T', h, w) and text embeddings (B, L, D) of a step."""
+        return [x.to(self.device, non_blocking=True) for x in self.ahead(step, last=step + 1 >= self.steps)]
+
+    def waited_s(self) -> float:
+        """Seconds that callers have waited for data so far."""
+        return self.ahead.waited_s

@@ -20,11 +20,11 @@ from sla2.device import claim_device
 from sla2.errors import run_main
 from sla2.files import write_folder
 from sla2.flow import flow_losses, generator, heldout_loss
-from sla2.latents import Latents
+from sla2.latents import Latents, Stream
 from sla2.record import write_provenance
 from sla2.training import Log, batches, train
 from sla2.variant import Variant
-from sla2.wan import BaseModel, adapter_state, install, load_adapter, load_transformer, save_adapter
+from sla2.wan import BaseModel, adapter_state, install, load_adapter, load_transformer, save_adapter, stock
 
 
 def choose_trainable(transformer: nn.Module, trainable: str) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
@@ -43,6 +43,17 @@ def choose_trainable(transformer: nn.Module, trainable: str) -> tuple[list[nn.Pa
             model += [parameter] if learns else []
         parameter.requires_grad_(learns)
     return model, mixing
+
+
+def choose_optimizer(transformer: nn.Module, settings: dict) -> torch.optim.AdamW:
+    """AdamW over what learns, the mixing in a group of its own: its logits have far to go and are not decayed."""
+    model, mixing = choose_trainable(transformer, settings["trainable"])
+    groups = [
+        {"params": model, "lr": settings["lr"], "weight_decay": settings["weight_decay"]},
+        {"params": mixing, "lr": settings["lr_mixing"], "weight_decay": 0.0},
+    ]
+    on_gpu = next(transformer.parameters()).is_cuda
+    return torch.optim.AdamW([group for group in groups if group["params"]], betas=(0.9, 0.999), fused=on_gpu or None)
 
 
 def main() -> None:
@@ -69,14 +80,10 @@ def main() -> None:
     transformer.to(device).train()
     if settings["gradient_checkpointing"]:
         transformer.enable_gradient_checkpointing()
-    model, mixing = choose_trainable(transformer, settings["trainable"])
-    groups = [
-        {"params": model, "lr": settings["lr"], "weight_decay": settings["weight_decay"]},
-        {"params": mixing, "lr": settings["lr_mixing"], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], betas=(0.9, 0.999))
+    optimizer = choose_optimizer(transformer, settings)
     data, heldout = Latents(Path(base.latents) / "train"), Latents(Path(base.latents) / "heldout")
     order = batches(len(data), settings["batch"], sum(seed * 7919**i for i, seed in enumerate(seeds)))
+    stream = Stream(data, order, settings["steps"], device)
     empty = data.empty_text.to(device)
     teacher = None
     if settings["loss"] == "distill":
@@ -84,13 +91,16 @@ def main() -> None:
     log = Log()
 
     def loss(step: int) -> Iterator[Tensor]:
-        latents, text = (tensor.to(device) for tensor in data.batch(order(step)))
+        latents, text = stream(step)
         options = {name: settings[name] for name in ("caption_dropout", "micro_batch")}
         draw = generator(*seeds, 6, step)
         yield from flow_losses(transformer, latents, text, empty, base.flow_shift, draw, teacher=teacher, **options)
 
+    def measure() -> float:
+        return heldout_loss(transformer, heldout, base.flow_shift, device, settings["micro_batch"])
+
     def validate(step: int) -> None:
-        log.add(step, "stage2", "heldout", "loss", heldout_loss(transformer, heldout, base.flow_shift, device))
+        log.add(step, "stage2", "heldout", "loss", measure())
 
     identity = {"settings": settings, "base": base.weights_sha256, "adapter": str(args.adapter)}
     checkpoint = Checkpoint(args.output / ".checkpoint", "stage2", identity, settings["checkpoint_every"])
@@ -108,14 +118,9 @@ def main() -> None:
         ema=settings["ema"],
         validate=validate,
         validate_every=settings["validate_every"],
+        waited_s=stream.waited_s,
     )
-    log.add(
-        settings["steps"],
-        "stage2",
-        "heldout",
-        "loss_average",
-        heldout_loss(transformer, heldout, base.flow_shift, device),
-    )
+    log.add(settings["steps"], "stage2", "heldout", "loss_average", measure())
     state = adapter_state(transformer)
     write_folder(args.output / "transformer", lambda folder: save_transformer(transformer, folder))
     log.write(args.output / "log.csv")
@@ -126,8 +131,8 @@ def main() -> None:
 
 def save_transformer(transformer: nn.Module, folder: Path) -> None:
     """An ordinary diffusers folder: the variant's own parameters are left out, they are the adapter."""
-    state = {name: tensor for name, tensor in transformer.state_dict().items() if ".processor." not in name}
-    transformer.save_pretrained(folder, state_dict=state)
+    with stock(transformer):
+        transformer.save_pretrained(folder)
 
 
 if __name__ == "__main__":

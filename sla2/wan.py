@@ -141,17 +141,29 @@ def install(transformer: nn.Module, variant: Variant, settings: AttentionSetting
 
 
 @contextmanager
-def installed(transformer: nn.Module, attentions: list[nn.Module]) -> Iterator[None]:
-    """Run blocks with these attention modules, one per block; the former processors come back, also after an exception."""
+def processors(transformer: nn.Module, chosen: list) -> Iterator[None]:
+    """Run blocks with these self-attention processors, one per block; the former ones come back, also after an exception."""
     layers = self_attentions(transformer)
     former = [attn.processor for attn in layers]
     try:
-        for attn, module in zip(layers, attentions, strict=True):
-            attn.set_processor(AttentionProcessor(module))
+        for attn, processor in zip(layers, chosen, strict=True):
+            attn.set_processor(processor)
         yield
     finally:
         for attn, processor in zip(layers, former, strict=True):
             attn.set_processor(processor)
+
+
+def installed(transformer: nn.Module, attentions: list[nn.Module]):
+    """Run blocks with these attention modules, one per block, as `processors` does."""
+    return processors(transformer, [AttentionProcessor(module) for module in attentions])
+
+
+def stock(transformer: nn.Module):
+    """Run blocks with diffusers' own processor, so that the model has the parameters of an ordinary one and no more."""
+    from diffusers.models.transformers.transformer_wan import WanAttnProcessor
+
+    return processors(transformer, [WanAttnProcessor() for _ in self_attentions(transformer)])
 
 
 class _Capture(nn.Module):
@@ -264,12 +276,26 @@ def vae_factors(place: str, revision: str | None) -> tuple[int, int]:
     return config.get("scale_factor_temporal", 4), config.get("scale_factor_spatial", 8)
 
 
+def load_vae(place: str, revision: str | None) -> nn.Module:
+    """The VAE of a folder or hub id, in fp32 as Wan runs it."""
+    from diffusers import AutoencoderKLWan
+
+    return _from_pretrained(AutoencoderKLWan, place, subfolder="vae", revision=revision)
+
+
 def load_pipeline(place: str, revision: str | None, dtype: torch.dtype = torch.float32, **components: object):
     """`WanPipeline.from_pretrained` of a folder or hub id, the VAE in fp32; `components` replace parts, None leaves one out."""
-    from diffusers import AutoencoderKLWan, WanPipeline
+    from diffusers import WanPipeline
 
-    vae = _from_pretrained(AutoencoderKLWan, place, subfolder="vae", revision=revision)
-    return _from_pretrained(WanPipeline, place, revision=revision, torch_dtype=dtype, vae=vae, **components)
+    if "vae" not in components:
+        components["vae"] = load_vae(place, revision)
+    return _from_pretrained(WanPipeline, place, revision=revision, torch_dtype=dtype, **components)
+
+
+def load_text_encoder(place: str, revision: str | None, device: torch.device):
+    """A pipeline with tokenizer and text encoder only, on the device; in bf16 on a GPU, as Wan publishes UMT5."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    return load_pipeline(place, revision, dtype, transformer=None, vae=None).to(device)
 
 
 def _from_pretrained(kind: type, place: str, **options: object):
