@@ -327,6 +327,7 @@ def main() -> None:
     parser.add_argument("--forward-config", default="config/wan2.1-14b-720p.yaml")
     parser.add_argument("--text-layers", type=int, help="layers of the text encoder in place of UMT5-XXL's 24")
     parser.add_argument("--minutes", type=float, default=60, help="when these are over, what runs is stopped")
+    parser.add_argument("--commit", help="git commit of the code, for the record of a machine without a checkout")
     args = parser.parse_args()
     study = load_study(args.config)
     if args.row not in study.variants:
@@ -338,7 +339,7 @@ def main() -> None:
     write_prompt(args.work, study)
     write_atomic(config_file, yaml.safe_dump(config, sort_keys=False))
     study = load_study(config_file)
-    write_provenance(args.output / "run", study.config, size=args.size)
+    write_provenance(args.output / "run", study.config, size=args.size, commit=args.commit)
     free = shutil.disk_usage(args.work).free / 1e9
     rehearsal.say(f"rehearsal of {args.config} with random weights of {args.size}; {free:.0f} GB free in {args.work}")
     run_parts(rehearsal, study, config_file)
