@@ -24,7 +24,8 @@ from sla2.prompts import Prompt, read_prompts
 from sla2.record import Record, write_provenance, write_records
 from sla2.variant import Variant
 from sla2.video import read_video
-from sla2_eval.metrics.catalogue import METRICS, Metric
+from sla2_eval.metrics.catalogue import METRICS
+from sla2_eval.official import Official, weight_files
 from sla2_eval.video_scores import FIDELITY, Measured, VideoScores
 
 
@@ -50,7 +51,8 @@ def main() -> None:
     settings, variant = args.settings, Variant.from_row(args.settings["variant"])
     device = claim_device(settings)
     prompts = {prompt.prompt_id: prompt for prompt in read_prompts(args.prompts)}
-    scores = VideoScores(settings, args.judge, list(prompts.values()), device)
+    official = Official(weight_files(settings["official"], "score.official"), device)
+    scores = VideoScores(settings["video"], args.judge, list(prompts.values()), device, official)
     rows = Rows(settings["study"], variant)
     absent = scores.absent()
     is_reference = args.reference.resolve() in [folder.resolve() for folder in args.videos]
@@ -69,6 +71,7 @@ def main() -> None:
         args.output,
         settings,
         judge_sha256=scores.gates["weights_sha256"],
+        official_sha256={key: file.identity for key, file in official.files.items()},
         manifests=[sha256_file(f / "manifest.jsonl") for f in args.videos],
     )
     write_records(args.output, records)
@@ -81,7 +84,7 @@ class Rows:
         self.study, self.variant = study, variant.variant
 
     def record(self, measured: Measured, **where: object) -> Record:
-        about = METRICS.get(measured.metric, Metric("1", True))  # official metrics have no code here; all of them go up
+        about = METRICS[measured.metric]
         return Record(
             study=self.study,
             variant=self.variant,
@@ -125,7 +128,7 @@ def of_video(
         raise UserError(
             f"{folder}/manifest.jsonl: prompt '{entry['prompt_id']}' is not in the prompt sheet; generate again"
         )
-    frames, _ = read_video(folder / entry["file"])
+    frames, fps = read_video(folder / entry["file"])
     dense = None
     if reference:
         other = reference.get((entry["prompt_id"], entry["seed"]))
@@ -134,7 +137,7 @@ def of_video(
                 yield Measured(name, None, "", f"{reference_folder} has no video of this prompt, seed and noise")
         else:
             dense, _ = read_video(reference_folder / other["file"])
-    yield from scores.of(frames, prompt, dense)
+    yield from scores.of(frames, prompt, dense, fps, folder / entry["file"])
 
 
 def attention_records(args: argparse.Namespace, rows: Rows, device: torch.device) -> Iterator[Record]:

@@ -18,7 +18,7 @@ from sla2_eval.metrics.frames import UndefinedError
 from sla2_eval.metrics.guards import guards
 from sla2_eval.metrics.motion import dynamic_degree, motion_smoothness
 from sla2_eval.metrics.oracle import Oracle
-from sla2_eval.official import unavailable
+from sla2_eval.official import Official
 from sla2_eval.trained_judge import ATTRIBUTES, gate_failure, load_judge, load_naturalness, swapped
 
 FLICKER = "temporal_flickering"
@@ -28,6 +28,8 @@ DYNAMIC = ("proxy.dynamic_degree_dis", "proxy.flow_top5")
 NATURALNESS = "proxy.naturalness_niqe_indomain"
 FIDELITY = ("fidelity.psnr", "fidelity.psnr_pooled", "fidelity.ssim")
 ALIGNMENT, CONSISTENCY = "proxy.text_alignment_clip_indomain", "proxy.frame_consistency_clip_indomain"
+NO_JUDGE = "needs a judge that was trained in the domain of these videos; name its folder"
+NO_PROMPTS = "no prompts were given"
 MASK_SIDE = 128  # of the canonical shapes; the oracle scales them down
 
 
@@ -41,27 +43,41 @@ class Measured(NamedTuple):
 
 
 class VideoScores:
-    """The metrics of a study.
+    """The metrics of a set of videos.
 
     Args:
-        settings: `video` is read: frames, height, width, fps.
-        judge: folder of the judge step.
-        prompts: the study's prompts; what none of them promises is not measured.
-        device: of the judge; all else works on the CPU.
+        video: frames, height, width and fps that were asked for; None where nothing was, as for a folder of any videos.
+        judge: folder of the judge step; None leaves out what is trained in the study's own domain.
+        prompts: what the videos were made from; what none of them promises is not measured.
+        device: of networks; all else works on the CPU.
+        official: metrics that need published weights.
+        wanted: names to measure; None for all.
     """
 
-    def __init__(self, settings: dict, judge: Path, prompts: list[Prompt], device: torch.device) -> None:
-        video = settings["video"]
-        self.size, self.fps = (video["frames"], video["height"], video["width"]), video["fps"]
+    def __init__(
+        self,
+        video: dict | None,
+        judge: Path | None,
+        prompts: list[Prompt],
+        device: torch.device,
+        official: Official | None = None,
+        wanted: set[str] | None = None,
+    ) -> None:
+        self.size = (video["frames"], video["height"], video["width"]) if video else None
         self.promised = [name for name in ATTRIBUTES if any(name in prompt.attributes for prompt in prompts)]
+        self.official = official or Official({}, device)
+        self.wanted, self.has_prompts, self.device = wanted, bool(prompts), device
         self.oracle = Oracle(grammar.COLORS, canonical_masks(), grammar.DIRECTIONS)
-        self.naturalness = load_naturalness(judge)
-        self.judge, self.gates = load_judge(judge, device)
-        self.judge_backend = f"open_clip-{importlib.metadata.version('open-clip-torch')}/{device.type}"
+        self.naturalness = load_naturalness(judge) if judge else None
+        self.judge, self.gates = load_judge(judge, device) if judge else (None, {"reason": NO_JUDGE})
 
     def absent(self) -> dict[str, str]:
-        """Reason by metric, for metrics that no video of this study can have."""
-        reasons = unavailable()
+        """Reason by metric, for metrics that none of these videos can have."""
+        reasons = self.official.absent()
+        if not self.has_prompts:
+            reasons |= dict.fromkeys(self.official.of_text, NO_PROMPTS)
+        if self.size is None:
+            reasons["guard.size"] = "no size was asked for"
         if not self.promised:
             reasons |= dict.fromkeys(("oracle.presence", "oracle.all"), "no prompt says what its video must show")
         for name in ATTRIBUTES:
@@ -71,44 +87,61 @@ class VideoScores:
                 reasons[f"judge.{name}"] = failure
         if failure := gate_failure(self.gates):
             reasons |= dict.fromkeys((ALIGNMENT, CONSISTENCY), failure)
-        return reasons
+        elif not self.has_prompts:
+            reasons[ALIGNMENT] = NO_PROMPTS
+        if self.naturalness is None:
+            reasons[NATURALNESS] = NO_JUDGE
+        return {name: reason for name, reason in reasons.items() if self._wants(name)}
 
-    def of(self, frames: Tensor, prompt: Prompt, reference: Tensor | None) -> Iterator[Measured]:
+    def of(
+        self, frames: Tensor, prompt: Prompt | None, reference: Tensor | None, fps: float, path: Path
+    ) -> Iterator[Measured]:
         """Measure one video.
 
         Args:
             frames: (T, H, W, 3) uint8.
-            prompt: its prompt.
+            prompt: its prompt; None where there is none.
             reference: the dense model's video of the same noise; None leaves fidelity out.
+            fps: frames per second.
+            path: the file, for a judge that is another program.
         """
-        frames = frames.numpy()
+        absent = self.absent()
+        for names, backend, compute in self._families(frames.numpy(), prompt, reference, fps, path):
+            names = [name for name in names if self._wants(name) and name not in absent]
+            if names:
+                yield from _measure(names, backend, compute)
+
+    def _wants(self, name: str) -> bool:
+        return self.wanted is None or name in self.wanted
+
+    def _families(self, frames: np.ndarray, prompt: Prompt | None, reference: Tensor | None, fps: float, path: Path):
+        """Metrics that are computed together: their names, what computes them, and the call."""
         numpy, opencv = "numpy/cpu", f"opencv-{importlib.metadata.version('opencv-python-headless')}/cpu"
-        torchmetrics = f"torchmetrics-{importlib.metadata.version('torchmetrics')}/cpu"
-        yield from _measure([FLICKER], numpy, lambda: {FLICKER: temporal_flickering(frames)})
-        yield from _measure(GUARDS, numpy, lambda: guards(frames, self.size))
-        yield from _measure(SMOOTHNESS, opencv, lambda: motion_smoothness(frames))
-        yield from _measure(DYNAMIC, opencv, lambda: dynamic_degree(frames, self.fps))
-        yield from _measure([NATURALNESS], numpy, lambda: {NATURALNESS: self.naturalness(frames)})
+        yield [FLICKER], numpy, lambda: {FLICKER: temporal_flickering(frames)}
+        yield GUARDS, numpy, lambda: guards(frames, self.size)
+        yield SMOOTHNESS, opencv, lambda: motion_smoothness(frames)
+        yield DYNAMIC, opencv, lambda: dynamic_degree(frames, fps)
+        yield [NATURALNESS], numpy, lambda: {NATURALNESS: self.naturalness(frames)}
         if reference is not None:
-            yield from _measure(FIDELITY, torchmetrics, lambda: fidelity(frames, reference.numpy()))
-        promised = {name: prompt.attributes[name] for name in self.promised if name in prompt.attributes}
+            torchmetrics = f"torchmetrics-{importlib.metadata.version('torchmetrics')}/cpu"
+            yield FIDELITY, torchmetrics, lambda: fidelity(frames, reference.numpy())
+        words = prompt.attributes if prompt else {}
+        promised = {name: words[name] for name in self.promised if name in words}
         if promised:
             names = ("oracle.presence", "oracle.all", *(f"oracle.{name}" for name in promised))
-            yield from _measure(names, opencv, lambda: self.oracle(frames, promised))
+            yield names, opencv, lambda: self.oracle(frames, promised)
         yield from self._judged(frames, prompt, promised)
+        yield from self.official.families(frames, prompt.text if prompt else None, fps, path)
 
-    def _judged(self, frames: np.ndarray, prompt: Prompt, promised: dict[str, str]) -> Iterator[Measured]:
-        if gate_failure(self.gates) is None:
-            scores = {
-                ALIGNMENT: lambda: self.judge.text_alignment(frames, prompt.text),
-                CONSISTENCY: lambda: self.judge.frame_consistency(frames),
-            }
-            for name, score in scores.items():
-                yield from _measure([name], self.judge_backend, lambda name=name, score=score: {name: score()})
+    def _judged(self, frames: np.ndarray, prompt: Prompt | None, promised: dict[str, str]):
+        if self.judge is None:
+            return
+        backend = f"open_clip-{importlib.metadata.version('open-clip-torch')}/{self.device.type}"
+        if prompt is not None:
+            yield [ALIGNMENT], backend, lambda: {ALIGNMENT: self.judge.text_alignment(frames, prompt.text)}
+        yield [CONSISTENCY], backend, lambda: {CONSISTENCY: self.judge.frame_consistency(frames)}
         for name in promised:
-            if gate_failure(self.gates, name) is None:
-                choice = partial(self._choice, frames, prompt, name)
-                yield from _measure([f"judge.{name}"], self.judge_backend, choice)
+            yield [f"judge.{name}"], backend, partial(self._choice, frames, prompt, name)
 
     def _choice(self, frames: np.ndarray, prompt: Prompt, name: str) -> dict[str, float]:
         if grammar.caption(prompt.attributes) != prompt.text:
@@ -126,12 +159,15 @@ def canonical_masks() -> dict[str, np.ndarray]:
     return {name: (distance(u, v) < 0).numpy() for name, distance in render.DISTANCES.items()}
 
 
-def _measure(names, backend: str, compute: Callable[[], dict[str, float]]) -> Iterator[Measured]:
-    """Values of these metrics, or one reason for all of them."""
+def _measure(names, backend: str, compute: Callable[[], dict]) -> Iterator[Measured]:
+    """Values of these metrics; the reason of one that has none, or one reason for all of them."""
     try:
-        values, reason = compute(), "undefined for this video: see the metric's card"
+        values = compute()
     except UndefinedError as undefined:
-        values, reason = {}, f"undefined: {undefined}"
+        values = dict.fromkeys(names, undefined)
     for name in names:
-        value = values.get(name)
-        yield Measured(name, value, backend, "" if value is not None else reason)
+        value = values[name]
+        if isinstance(value, UndefinedError):
+            yield Measured(name, None, backend, f"undefined: {value}")
+        else:
+            yield Measured(name, value, backend)

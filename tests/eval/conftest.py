@@ -9,6 +9,7 @@ import small_study
 import torch
 
 from sla2.data import procedural, write_index
+from sla2.latents import packed
 from sla2_eval import tables
 from sla2_eval.judge import learn
 
@@ -56,8 +57,9 @@ def base_file(tmp_path_factory) -> Path:
     transformer.save_pretrained(folder / "pipeline" / "transformer")
     latents = folder / "latents" / "heldout"
     latents.mkdir(parents=True)
-    save_file({"latents": torch.randn(3, 4, 5, 8, 10), "text": torch.randn(3, 6, 16)}, latents / "00000.safetensors")
-    save_file({"text": torch.randn(1, 6, 16)}, latents / "empty.safetensors")
+    save_file({"latents": torch.randn(3, 4, 5, 8, 10)}, latents / "00000.safetensors")
+    save_file(packed(torch.randn(3, 6, 16)), latents / "text-00000.safetensors")
+    save_file(packed(torch.randn(1, 6, 16)), latents / "empty.safetensors")
     (latents / "index.json").write_text(json.dumps({"clips": 3, "shard_clips": 64, "text_length": 6}))
     description = {
         "pipeline": "pipeline",

@@ -13,7 +13,6 @@ from sla2.record import read_records
 from sla2.video import write_lossless
 from sla2_eval import score
 from sla2_eval.metrics.catalogue import METRICS
-from sla2_eval.official import WEIGHTS
 
 ROWS = {
     "base": {"variant": "base", "attention": "full", "router": "none", "mixing": "none", "sparsity": 0.0},
@@ -28,6 +27,7 @@ SETTINGS = {
     "attention": {"block_q": 16, "block_k": 8},
     "attention_clips": 1,
     "attention_sigmas": [0.5],
+    "official": {},
 }
 
 
@@ -73,13 +73,12 @@ def records(videos, base_file, judge_folder, tmp_path_factory):
 
 @pytest.mark.parametrize("variant", ROWS)
 def test_every_metric_is_a_value_or_a_reason(records, variant):
-    assert {record.metric for record in records[variant]} == set(METRICS) | set(WEIGHTS)
+    assert {record.metric for record in records[variant]} == set(METRICS)
     for record in records[variant]:
         assert (record.value is None) == bool(record.reason), record
         assert (record.study, record.variant) == ("tiny", variant)
-        if record.metric in METRICS:
-            about = METRICS[record.metric]
-            assert (record.unit, record.higher_is_better) == (about.unit, about.higher_is_better)
+        about = METRICS[record.metric]
+        assert (record.unit, record.higher_is_better) == (about.unit, about.higher_is_better)
 
 
 def test_fidelity_is_to_the_same_noise(records):

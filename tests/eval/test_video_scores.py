@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,12 +13,13 @@ from sla2 import grammar
 from sla2.data import Clips
 from sla2.prompts import Prompt
 from sla2_eval.metrics.catalogue import METRICS
-from sla2_eval.official import WEIGHTS
-from sla2_eval.video_scores import FIDELITY, VideoScores, canonical_masks
+from sla2_eval.official import FILES, NEEDS, NO_COMMAND
+from sla2_eval.video_scores import FIDELITY, NO_JUDGE, VideoScores, canonical_masks
 
 CPU = torch.device("cpu")
 OF_VIDEOS = {name for name in METRICS if not name.startswith(("attention.", "sparsity."))}
 JUDGED = ("color", "shape", "direction")
+OFFICIAL = {*NEEDS, "vision_reward"}
 INDOMAIN = ("proxy.text_alignment_clip_indomain", "proxy.frame_consistency_clip_indomain")
 
 
@@ -40,11 +42,11 @@ def clip(judge_data):
 
 
 def scores(folder, prompts) -> VideoScores:
-    return VideoScores({"video": VIDEO}, folder, prompts, CPU)
+    return VideoScores(VIDEO, folder, prompts, CPU)
 
 
 def measured(found: VideoScores, *clip) -> dict:
-    rows = list(found.of(*clip))
+    rows = list(found.of(*clip, VIDEO["fps"], Path("clip.mkv")))
     assert len({row.metric for row in rows}) == len(rows), "a metric stands twice"
     assert not {row.metric for row in rows} & set(found.absent())
     for row in rows:
@@ -56,9 +58,9 @@ def measured(found: VideoScores, *clip) -> dict:
 def test_every_metric_has_a_value_where_all_gates_pass(passing, clip):
     found = scores(passing, [clip[1]])
     rows = measured(found, *clip)
-    assert set(rows) == OF_VIDEOS
+    assert set(rows) == OF_VIDEOS - OFFICIAL
     assert not [row for row in rows.values() if row.value is None]
-    assert set(found.absent()) == set(WEIGHTS)
+    assert set(found.absent()) == OFFICIAL
     for name in ("presence", *JUDGED, "all"):
         assert rows[f"oracle.{name}"].value == 1
 
@@ -74,13 +76,33 @@ def test_a_failed_gate_is_a_reason(judge_folder, clip):
     absent = found.absent()
     assert {name: absent[f"judge.{name}"] for name in failed} == reasons
     assert {absent[name] for name in INDOMAIN} == {reasons[failed[0]]}
-    assert set(measured(found, *clip)) | set(absent) == OF_VIDEOS | set(WEIGHTS)
+    assert set(measured(found, *clip)) | set(absent) == OF_VIDEOS
 
 
-def test_official_metrics_name_their_weights(passing, clip):
+def test_official_metrics_name_the_file_to_fetch(passing, clip):
     absent = scores(passing, [clip[1]]).absent()
-    for name, weights in WEIGHTS.items():
-        assert absent[name] == f"not available: needs the weights {weights}, which are not part of this study"
+    assert absent["vision_reward"] == NO_COMMAND
+    for name, keys in NEEDS.items():
+        assert absent[name].startswith("not available: needs the weights ")
+        for key in keys:
+            assert f"{FILES[key]} (as `{key}`)" in absent[name]
+
+
+def test_only_what_is_wanted_is_measured(passing, clip):
+    wanted = {"temporal_flickering", "proxy.interp_gain", "vbench.aesthetic_quality"}
+    found = VideoScores(VIDEO, passing, [clip[1]], CPU, wanted=wanted)
+    assert set(measured(found, *clip)) == {"temporal_flickering", "proxy.interp_gain"}
+    assert set(found.absent()) == {"vbench.aesthetic_quality"}
+
+
+def test_a_folder_without_size_judge_or_prompts(clip):
+    found = VideoScores(None, None, [], CPU)
+    absent = found.absent()
+    assert absent["guard.size"] == "no size was asked for"
+    assert absent["proxy.naturalness_niqe_indomain"] == absent["proxy.frame_consistency_clip_indomain"] == NO_JUDGE
+    assert absent["vision_reward"] == "no prompts were given"
+    rows = measured(found, clip[0], None, None)
+    assert set(rows) | set(absent) == OF_VIDEOS - set(FIDELITY)
 
 
 def test_what_no_prompt_promises_is_absent(passing, clip):
@@ -91,7 +113,7 @@ def test_what_no_prompt_promises_is_absent(passing, clip):
     free = scores(passing, [Prompt("p", "a cat", {})])
     assert free.absent()["oracle.all"] == "no prompt says what its video must show"
     rows = measured(free, frames, Prompt("p", "a cat", {}), reference)
-    assert set(rows) | set(free.absent()) == OF_VIDEOS | set(WEIGHTS)
+    assert set(rows) | set(free.absent()) == OF_VIDEOS
     assert rows["proxy.text_alignment_clip_indomain"].reason == "undefined: the judge never read 'cat'"
 
 
@@ -105,7 +127,8 @@ def test_a_prompt_in_other_words_cannot_be_swapped(passing, clip):
 
 def test_without_reference_there_is_no_fidelity(passing, clip):
     frames, prompt, _ = clip
-    assert OF_VIDEOS - set(measured(scores(passing, [prompt]), frames, prompt, None)) == set(FIDELITY)
+    rows = measured(scores(passing, [prompt]), frames, prompt, None)
+    assert OF_VIDEOS - OFFICIAL - set(rows) == set(FIDELITY)
 
 
 def test_undefined_for_this_video(passing, clip):
@@ -114,7 +137,7 @@ def test_undefined_for_this_video(passing, clip):
     blank = torch.full((9, 32, 32, 3), 90, dtype=torch.uint8)
     rows = measured(scores(passing, [prompt]), blank, prompt, blank)
     assert rows["proxy.naturalness_niqe_indomain"].reason == "undefined: no patch of the video has texture"
-    assert rows["proxy.interp_gain"].reason == "undefined for this video: see the metric's card"
+    assert rows["proxy.interp_gain"].reason.startswith("undefined: nothing moves: every judged frame equals")
     assert rows["guard.static"].value == rows["guard.blank"].value == 1
     assert rows["fidelity.psnr"].value == 100
     assert {rows[f"oracle.{name}"].value for name in ("presence", "all", *JUDGED)} == {0.0}

@@ -39,6 +39,18 @@ METRICS = {
     "judge.color": Metric("1", UP),
     "judge.shape": Metric("1", UP),
     "judge.direction": Metric("1", UP),
+    # VBench's and CLIP's own, where their published weights are given.
+    "vbench.imaging_quality": Metric("1", UP),
+    "vbench.aesthetic_quality": Metric("1", UP),
+    "vbench.overall_consistency": Metric("1", UP),
+    "vbench.motion_smoothness": Metric("1", UP),
+    "vbench.subject_consistency": Metric("1", UP),
+    "vbench.background_consistency": Metric("1", UP),
+    "vbench.dynamic_degree": Metric("1", NEITHER),
+    "vbench.temporal_flickering": Metric("1", UP),
+    "clip_score.vit_b32": Metric("1", UP),
+    "clip_score.vit_l14": Metric("1", UP),
+    "vision_reward": Metric("1", UP),
     # A flagged video stays in every mean; the share of flags is printed next to it.
     "guard.static": Metric("1", DOWN),
     "guard.blank": Metric("1", DOWN),

@@ -5,7 +5,7 @@ import numpy as np
 from sla2_eval.metrics.frames import as_array, as_float
 
 
-def guards(video, expected: tuple[int, int, int]) -> dict[str, float]:
+def guards(video, expected: tuple[int, int, int] | None = None) -> dict[str, float]:
     """Card: `guard.static`, `guard.blank`, `guard.saturated`, `guard.not_finite`, `guard.size`.
 
     Definition and formula, each 1 when raised and else 0:
@@ -20,11 +20,11 @@ def guards(video, expected: tuple[int, int, int]) -> dict[str, float]:
 
     Args:
         video: (T, H, W, 3), uint8 or floats in [0, 1].
-        expected: frames, height and width that were asked for.
+        expected: frames, height and width that were asked for; None leaves `size` out.
     """
     frames = as_array(video)
     finite = bool(frames.dtype == np.uint8 or np.isfinite(frames).all())
-    size = frames.shape[:3] != tuple(expected)
+    size = {} if expected is None else {"guard.size": frames.shape[:3] != tuple(expected)}
     frames = as_float(frames if finite else np.nan_to_num(frames, nan=0.0, posinf=0.0, neginf=0.0))
     change = np.abs(np.diff(frames, axis=0)).max() if len(frames) > 1 else 0.0
     raised = {
@@ -32,6 +32,6 @@ def guards(video, expected: tuple[int, int, int]) -> dict[str, float]:
         "guard.blank": frames.std(axis=(1, 2)).max() < 2.0,
         "guard.saturated": ((frames <= 0.0) | (frames >= 255.0)).mean() > 0.5,
         "guard.not_finite": not finite,
-        "guard.size": size,
+        **size,
     }
     return {name: float(flag) for name, flag in raised.items()}

@@ -20,7 +20,7 @@ def _grey(frames: np.ndarray) -> np.ndarray:
     return np.stack([cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in frames])
 
 
-def motion_smoothness(video) -> dict[str, float]:
+def motion_smoothness(video) -> dict[str, float | UndefinedError]:
     """Card: `proxy.motion_smoothness_dis`, `proxy.interp_gain`.
 
     Definition: how well each odd frame is predicted from its two neighbours by moving both half-way along the flow between them.
@@ -29,8 +29,8 @@ def motion_smoothness(video) -> dict[str, float]:
     Range: smoothness [0, 1], saturated near 1; interp_gain (-inf, 1], above 0 where following the motion helps.
     Direction: higher is smoother.
     Source: the protocol of VBench `motion_smoothness` with OpenCV DIS flow instead of AMT-S, so not comparable with it.
-    UndefinedError: fewer than three frames; interp_gain also where neighbours equal the frame between them (no motion): that part is
-        left out of the answer. With an even number of frames the last one is not judged.
+    UndefinedError: fewer than three frames; interp_gain also where neighbours equal the frame between them (nothing moves), given as
+        its value. With an even number of frames the last one is not judged.
     Blind spots: grain sets a floor that hides held frames (use interp_gain); frozen video scores 1; blur raises it slightly;
         pixels that leave the frame are replaced by the border.
 
@@ -58,10 +58,12 @@ def motion_smoothness(video) -> dict[str, float]:
         before, after = exact[k - 1], exact[k + 1]
         moved.append(np.abs(exact[k] - np.rint((warp(before, there) + warp(after, back)) / 2)).mean(dtype=np.float64))
         still.append(np.abs(exact[k] - np.rint((before + after) / 2)).mean(dtype=np.float64))
-    scores = {"proxy.motion_smoothness_dis": float(1 - np.mean(moved) / 255)}
+    gain: float | UndefinedError = UndefinedError(
+        "nothing moves: every judged frame equals the mean of its neighbours, so there is no error that following motion could mend"
+    )
     if np.mean(still) > 0:
-        scores["proxy.interp_gain"] = float(1 - np.mean(moved) / np.mean(still))
-    return scores
+        gain = float(1 - np.mean(moved) / np.mean(still))
+    return {"proxy.motion_smoothness_dis": float(1 - np.mean(moved) / 255), "proxy.interp_gain": gain}
 
 
 def dynamic_degree(video, fps: float) -> dict[str, float]:
