@@ -10,15 +10,23 @@ import shutil
 import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
 from sla2.errors import UserError
 from sla2.files import sha256_file
+from sla2_eval.metrics import vbench
 from sla2_eval.metrics.frames import UndefinedError
+from sla2_eval.networks.clip import NAMES as CLIPS
+from sla2_eval.networks.clip import load_aesthetic_head, load_clip
+from sla2_eval.networks.dino import load_dino
+from sla2_eval.networks.musiq import load_musiq
+from sla2_eval.networks.raft import load_raft, speeds
+from sla2_eval.networks.viclip import load_viclip, tokenise
 
 FILES = {
     "clip_vit_b32": "ViT-B-32.pt",
@@ -41,6 +49,16 @@ NEEDS = {
     "vbench.temporal_flickering": ("raft_things",),
     "clip_score.vit_b32": ("clip_vit_b32",),
     "clip_score.vit_l14": ("clip_vit_l14",),
+}
+LOADERS = {
+    "laion_aesthetic": load_aesthetic_head,
+    "dino_vitb16": load_dino,
+    "raft_things": load_raft,
+    "musiq_spaq": load_musiq,
+    "viclip": load_viclip,
+}
+NOT_PORTED = {
+    "vbench.motion_smoothness": "not available: AMT-S has no port here; take it from VBench itself, by vbench-export"
 }
 VISION_REWARD = "vision_reward"  # a metric and a key of its own: a command of the user's
 NO_COMMAND = "not available: needs a command that runs THUDM/VisionReward-Video (as `vision_reward`)"
@@ -140,10 +158,10 @@ class Judge:
 
 
 class Official:
-    """The official metrics of a set of videos.
+    """The official metrics of a set of videos; networks are loaded when the first video needs them.
 
     Args:
-        files: weight files by their key of `FILES`.
+        files: weight files by their key of `FILES`, and a command by `vision_reward`.
         device: of the networks.
     """
 
@@ -151,10 +169,7 @@ class Official:
 
     def __init__(self, files: Mapping[str, WeightFile | Command], device: torch.device) -> None:
         self.files, self.device = dict(files), device
-
-    @cached_property
-    def judge(self) -> Judge:
-        return Judge(self.files[VISION_REWARD])
+        self._loaded: dict[str, object] = {}
 
     def absent(self) -> dict[str, str]:
         """Reason by metric, for those whose weights are not there."""
@@ -164,13 +179,63 @@ class Official:
             if missing:
                 names = " and ".join(f"{FILES[key]} (as `{key}`)" for key in missing)
                 reasons[metric] = f"not available: needs the weights {names}"
+            elif metric in NOT_PORTED:
+                reasons[metric] = NOT_PORTED[metric]
         if VISION_REWARD not in self.files:
             reasons[VISION_REWARD] = NO_COMMAND
         return reasons
+
+    def network(self, key: str) -> nn.Module:
+        """The network of a weight file, on the device."""
+        if key not in self._loaded:
+            load = partial(load_clip, key) if key in CLIPS else LOADERS[key]
+            self._loaded[key] = load(self.files[key].path).to(self.device)
+        return self._loaded[key]
 
     def families(
         self, frames: np.ndarray, text: str | None, fps: float, path: Path
     ) -> Iterator[tuple[tuple[str, ...], str, Callable[[], dict[str, float]]]]:
         """Metrics that are computed together: names, backend, call."""
+        calls = {
+            "vbench.imaging_quality": lambda: vbench.imaging_quality(frames, self.network("musiq_spaq"), self.device),
+            "vbench.aesthetic_quality": lambda: vbench.aesthetic_quality(
+                frames, self.network("clip_vit_l14").encode_image, self.network("laion_aesthetic"), self.device
+            ),
+            "vbench.subject_consistency": lambda: vbench.subject_consistency(
+                frames, self.network("dino_vitb16"), self.device
+            ),
+            "vbench.background_consistency": lambda: vbench.background_consistency(
+                frames, self.network("clip_vit_b32").encode_image, self.device
+            ),
+            "vbench.dynamic_degree": lambda: vbench.dynamic_degree(frames, fps, self._speeds, self.device),
+            "vbench.temporal_flickering": lambda: vbench.static_flickering(frames, self._speeds, self.device),
+        }
+        if text is not None:
+            calls["vbench.overall_consistency"] = lambda: vbench.overall_consistency(
+                frames, partial(self._fits, text), self.device
+            )
+            for key in CLIPS:
+                calls[f"clip_score.{key.removeprefix('clip_')}"] = partial(self._clip_score, key, frames, text)
+        for metric, call in calls.items():
+            yield (metric,), f"torch/{self.device.type}", lambda metric=metric, call=call: {metric: call()}
         if text is not None and VISION_REWARD in self.files:
-            yield (VISION_REWARD,), "external", lambda: {VISION_REWARD: self.judge(path, text)}
+            yield (VISION_REWARD,), "external", lambda: {VISION_REWARD: self._judge(path, text)}
+
+    def _speeds(self, before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+        return speeds(self.network("raft_things"), before, after)
+
+    def _fits(self, text: str, video: torch.Tensor) -> torch.Tensor:
+        return self.network("viclip").similarity(video, tokenise([text]).to(self.device))
+
+    def _clip_score(self, key: str, frames: np.ndarray, text: str) -> float:
+        import open_clip
+
+        model = self.network(key)
+        with torch.inference_mode():
+            feature = model.encode_text(open_clip.get_tokenizer(CLIPS[key])([text]).to(self.device))
+        return vbench.clip_score(frames, model.encode_image, feature, self.device)
+
+    def _judge(self, path: Path, text: str) -> float:
+        if VISION_REWARD not in self._loaded:
+            self._loaded[VISION_REWARD] = Judge(self.files[VISION_REWARD])
+        return self._loaded[VISION_REWARD](path, text)
