@@ -1,8 +1,12 @@
-"""`sla2 <step> ...`: the same as `python -m sla2.<step> ...`, at once where a workflow has the libraries loaded."""
+"""`sla2 <step> ...`: the same as `python -m sla2.<step> ...`, at once where a workflow has the libraries loaded.
+
+`sla2 --gpus 16 --nodes 2 stage2 ...` runs it in sixteen processes, eight on each of two nodes.
+"""
 
 import runpy
 import sys
 
+from sla2.errors import run_main
 from sla2.preload import hand_over
 
 STEPS = {
@@ -22,13 +26,23 @@ STEPS = {
 
 
 def main() -> None:
-    """Run a step; without one, or with `--help`, list them."""
-    if len(sys.argv) < 2 or sys.argv[1] not in STEPS:
-        wanted_help = len(sys.argv) > 1 and sys.argv[1] in ("-h", "--help")
-        print(f"usage: sla2 STEP [--help]\nsteps: {', '.join(STEPS)}", file=sys.stdout if wanted_help else sys.stderr)
+    """Run a step, in several processes with `--gpus` or `--nodes`; without a step, or with `--help`, list them."""
+    processes, arguments = {"--gpus": 1, "--nodes": 1}, sys.argv[1:]
+    while len(arguments) > 1 and arguments[0] in processes and arguments[1].isdigit():
+        processes[arguments[0]] = int(arguments[1])
+        arguments = arguments[2:]
+    if not arguments or arguments[0] not in STEPS:
+        wanted_help = arguments and arguments[0] in ("-h", "--help")
+        usage = f"usage: sla2 [--gpus N] [--nodes N] STEP [--help]\nsteps: {', '.join(STEPS)}"
+        print(usage, file=sys.stdout if wanted_help else sys.stderr)
         raise SystemExit(0 if wanted_help else 2)
-    module = STEPS[sys.argv[1]]
-    sys.argv = [f"sla2 {sys.argv[1]}", *sys.argv[2:]]
+    module = STEPS[arguments[0]]
+    sys.argv = [f"sla2 {arguments[0]}", *arguments[1:]]
+    if processes["--gpus"] > processes["--nodes"] or processes["--nodes"] > 1:
+        from sla2.launch import launch
+
+        per_node = processes["--gpus"] // processes["--nodes"]
+        run_main(lambda: sys.exit(launch(module, arguments[1:], per_node, processes["--nodes"])))
     code = hand_over(module, sys.argv)
     if code is not None:
         raise SystemExit(code)

@@ -130,8 +130,15 @@ def _training(study: Study) -> Failures:
     drawn, blocks = stage1["query_blocks"], study.geometry.query_blocks
     if drawn > blocks:
         yield "stage1.query_blocks", f"{drawn} is more than the {blocks} of a video; choose at most {blocks}"
-    if stage2["micro_batch"] and stage2["batch"] % stage2["micro_batch"]:
-        yield "stage2.micro_batch", f"{stage2['micro_batch']} does not divide batch {stage2['batch']}; choose a divisor"
+    processes = stage2["gpus"] * stage2["nodes"]
+    share = stage2["batch"] // processes
+    if stage2["batch"] % processes:
+        yield "stage2.batch", f"{stage2['batch']} clips cannot be shared by {processes} GPUs; choose a multiple"
+    elif stage2["micro_batch"] and share % stage2["micro_batch"]:
+        yield (
+            "stage2.micro_batch",
+            f"{stage2['micro_batch']} does not divide the {share} clips of a GPU; choose a divisor",
+        )
     seeds, least = stage2["headline"]["seeds"], stage2["seeds"]
     if stage2["headline"]["rows"] and seeds < least:
         yield "stage2.headline.seeds", f"{seeds} is fewer than stage2.seeds {least}; give at least {least}"

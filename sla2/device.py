@@ -32,21 +32,44 @@ def claim_device(settings: dict) -> torch.device:
         return torch.device("cpu")
     if "CUDA_VISIBLE_DEVICES" in os.environ:
         return torch.device("cuda", 0)
-    return torch.device("cuda", _lock_gpu())
+    return torch.device("cuda", lock_gpus(1)[0])
 
 
-def _lock_gpu() -> int:
+def lock_gpus(count: int) -> list[int]:
+    """Indices of `count` GPUs that no other job of ours holds, held until this process ends; waits for them; [] without a GPU.
+
+    Raises:
+        UserError: when the machine has fewer.
+    """
+    present = torch.cuda.device_count()
+    if not present:
+        return []
+    if count > present:
+        raise UserError(f"gpus: {count} wanted, this machine has {present}; lower stage2.gpus")
     folder = Path(tempfile.gettempdir()) / f"sla2-gpu-{os.getuid()}"
     folder.mkdir(exist_ok=True)
-    files = [(folder / str(index)).open("w") for index in range(torch.cuda.device_count())]
-    for index, file in enumerate(files):
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            continue
-        _LOCKS.append(file)
-        return index
-    say("every GPU is taken by another job of ours; waiting for the first")
-    fcntl.flock(files[0], fcntl.LOCK_EX)
-    _LOCKS.append(files[0])
-    return 0
+    # Two jobs that each hold a part of what the other waits for would wait for ever, so one takes locks at a time.
+    with (folder / "taking").open("w") as taking:
+        fcntl.flock(taking, fcntl.LOCK_EX)
+        held = {index: file for index in range(present) if (file := _lock(folder / str(index), wait=False))}
+        for index in range(present):
+            if len(held) < count and index not in held:
+                say(f"every free GPU is taken by another job of ours; waiting for GPU {index}")
+                held[index] = _lock(folder / str(index), wait=True)
+    chosen = dict(list(held.items())[:count])
+    for index, file in held.items():
+        if index in chosen:
+            _LOCKS.append(file)
+        else:
+            file.close()
+    return sorted(chosen)
+
+
+def _lock(path: Path, wait: bool):
+    file = path.open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        file.close()
+        return None
+    return file

@@ -34,19 +34,29 @@ class _Lines:
         self.postfix = "".join(f"  {name} {value}" for name, value in values.items())
 
 
-def bar(items: Iterable | int, description: str, start: int = 0):
+class _Silent(list):
+    """What `bar` yields through in a process whose neighbour shows the progress of both."""
+
+    def set_postfix(self, **values: object) -> None:
+        pass
+
+
+def bar(items: Iterable | int, description: str, start: int = 0, shown: bool = True):
     """Iterate with progress on stderr; `set_postfix(loss="0.1234")` adds figures to the line.
 
     Args:
         items: a sized iterable, or a number of steps.
         description: what runs, such as `stage2 sla2-97 seed 0`.
         start: steps that an earlier run has done; a number of steps then counts on from there.
+        shown: whether this process shows anything.
     """
     if isinstance(items, int):
         total, items = items, range(start, items)
     else:
         items = list(items)
         total = start + len(items)
+    if not shown:
+        return _Silent(items)
     if sys.stderr.isatty():
         from tqdm import tqdm
 

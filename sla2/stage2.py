@@ -16,15 +16,15 @@ from torch import Tensor, nn
 
 from sla2.attention import AttentionSettings
 from sla2.checkpoint import Checkpoint
-from sla2.device import claim_device
 from sla2.errors import run_main
 from sla2.files import write_folder
 from sla2.flow import flow_losses, generator, heldout_loss
 from sla2.latents import Latents, Stream
 from sla2.record import write_provenance
+from sla2.team import Team, join
 from sla2.training import Log, batches, train
 from sla2.variant import Variant
-from sla2.wan import BaseModel, adapter_state, install, load_adapter, load_transformer, save_adapter, stock
+from sla2.wan import BaseModel, install, load_adapter, load_transformer, save_adapter, stock
 
 
 def choose_trainable(transformer: nn.Module, trainable: str) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
@@ -53,7 +53,9 @@ def choose_optimizer(transformer: nn.Module, settings: dict) -> torch.optim.Adam
         {"params": mixing, "lr": settings["lr_mixing"], "weight_decay": 0.0},
     ]
     on_gpu = next(transformer.parameters()).is_cuda
-    return torch.optim.AdamW([group for group in groups if group["params"]], betas=(0.9, 0.999), fused=on_gpu or None)
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]], betas=settings["betas"], fused=on_gpu or None
+    )
 
 
 def main() -> None:
@@ -70,40 +72,46 @@ def main() -> None:
     args = parser.parse_args()
     settings, base, variant = args.settings, BaseModel.read(args.base), Variant.from_row(args.settings["variant"])
     attention = AttentionSettings(**settings["attention"])
-    device = claim_device(settings)
+    team = join(settings)
     seeds = (settings["seed"], settings["train_seed"])
 
     transformer = load_transformer(base)
     install(transformer, variant, attention, base.tokens)
     if args.adapter:
         load_adapter(args.adapter, transformer, base)
-    transformer.to(device).train()
+    transformer.train()
     if settings["gradient_checkpointing"]:
         transformer.enable_gradient_checkpointing()
+    choose_trainable(transformer, settings["trainable"])
+    transformer = team.place(transformer)
+    wrapped = team.wrap(transformer)
     optimizer = choose_optimizer(transformer, settings)
     data, heldout = Latents(Path(base.latents) / "train"), Latents(Path(base.latents) / "heldout")
     order = batches(len(data), settings["batch"], sum(seed * 7919**i for i, seed in enumerate(seeds)))
-    stream = Stream(data, order, settings["steps"], device)
-    empty = data.empty_text.to(device)
+    stream = Stream(data, lambda step: [order(step)[place] for place in share], settings["steps"], team.device)
+    share = team.share(len(order(0)))
+    empty = data.empty_text.to(team.device)
     teacher = None
     if settings["loss"] == "distill":
-        teacher = load_transformer(base).to(device).eval().requires_grad_(False)
+        teacher = team.place(load_transformer(base).eval().requires_grad_(False))
     log = Log()
 
     def loss(step: int) -> Iterator[Tensor]:
         latents, text = stream(step)
         options = {name: settings[name] for name in ("caption_dropout", "micro_batch")}
+        options |= {"teacher": teacher, "law": settings["timesteps"]}
         draw = generator(*seeds, 6, step)
-        yield from flow_losses(transformer, latents, text, empty, base.flow_shift, draw, teacher=teacher, **options)
+        yield from flow_losses(wrapped, latents, text, empty, base.flow_shift, draw, team=team, **options)
 
-    def measure() -> float:
-        return heldout_loss(transformer, heldout, base.flow_shift, device, settings["micro_batch"])
+    def validate(step: int) -> float:
+        value = heldout_loss(transformer, heldout, base.flow_shift, team.device, settings["micro_batch"], team)
+        log.add(step, "stage2", "heldout", "loss", value)
+        return value
 
-    def validate(step: int) -> None:
-        log.add(step, "stage2", "heldout", "loss", measure())
-
-    identity = {"settings": settings, "base": base.weights_sha256, "adapter": str(args.adapter)}
-    checkpoint = Checkpoint(args.output / ".checkpoint", "stage2", identity, settings["checkpoint_every"])
+    # How the work is shared is left out: the result is the same but for the order of sums.
+    computed = {key: value for key, value in settings.items() if key not in ("parallel", "threads")}
+    identity = {"settings": computed, "base": base.weights_sha256, "adapter": str(args.adapter)}
+    checkpoint = Checkpoint(args.output / ".checkpoint", "stage2", identity, settings["checkpoint_every"], team)
     train(
         "stage2",
         f"stage2 {variant.variant} seed {settings['train_seed']}",
@@ -119,20 +127,39 @@ def main() -> None:
         validate=validate,
         validate_every=settings["validate_every"],
         waited_s=stream.waited_s,
+        team=team,
     )
-    log.add(settings["steps"], "stage2", "heldout", "loss_average", measure())
-    state = adapter_state(transformer)
-    write_folder(args.output / "transformer", lambda folder: save_transformer(transformer, folder))
-    log.write(args.output / "log.csv")
-    write_provenance(args.output / "adapter.safetensors", settings, base_sha256=base.weights_sha256)
-    save_adapter(args.output, state, variant, attention, base)
-    checkpoint.remove()
+    if settings["select"] == "best":
+        checkpoint.load_best(transformer)
+    state = team.whole(transformer.state_dict())
+    if team.first:
+        write_folder(
+            args.output / "transformer", lambda folder: save_transformer(state, transformer, base, team, folder)
+        )
+        log.write(args.output / "log.csv")
+        write_provenance(args.output / "adapter.safetensors", settings, base_sha256=base.weights_sha256)
+        added = {name: tensor for name, tensor in state.items() if ".processor." in name}
+        save_adapter(args.output, added, variant, attention, base)
+        checkpoint.remove()
+    team.wait()
+    team.leave()
 
 
-def save_transformer(transformer: nn.Module, folder: Path) -> None:
-    """An ordinary diffusers folder: the variant's own parameters are left out, they are the adapter."""
-    with stock(transformer):
-        transformer.save_pretrained(folder)
+def save_transformer(
+    state: dict[str, Tensor], transformer: nn.Module, base: BaseModel, team: Team, folder: Path
+) -> None:
+    """An ordinary diffusers folder: the variant's own parameters are left out, they are the adapter.
+
+    Args:
+        state: whole tensors of the transformer.
+    """
+    if not team.sharded:
+        with stock(transformer):
+            transformer.save_pretrained(folder)
+        return
+    plain = load_transformer(base)  # one that is not split
+    plain.load_state_dict({name: tensor for name, tensor in state.items() if ".processor." not in name})
+    plain.save_pretrained(folder)
 
 
 if __name__ == "__main__":

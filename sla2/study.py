@@ -14,6 +14,7 @@ from sla2.prompts import Prompt, read_prompts
 from sla2.variant import Variant, read_variants
 
 WAN_SPATIAL, WAN_TEMPORAL, PATCH = 8, 4, 2
+COUNTS = ("seeds", "headline", "gpus", "nodes")  # of section stage2
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ class Study:
     def section(self, name: str, **extra: object) -> dict:
         """Settings of one step: its config section, study, seed, device and threads, and what else it needs.
 
-        The counts of training runs are left out: they say how many jobs there are, not what a job does.
+        The counts of training runs, GPUs and nodes are left out: they say how many there are, not what a job computes.
 
         Args:
             name: a section, such as `stage2`, or a part of one, such as `score.judge`.
@@ -99,7 +100,7 @@ class Study:
         values = self.config
         for part in name.split("."):
             values = values[part]
-        values = {key: value for key, value in values.items() if name != "stage2" or key not in ("seeds", "headline")}
+        values = {key: value for key, value in values.items() if name != "stage2" or key not in COUNTS}
         values["threads"] = values.get("threads") or self.config["threads"]
         return {key: self.config[key] for key in ("study", "seed", "device")} | values | extra
 

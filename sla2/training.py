@@ -5,15 +5,18 @@ import io
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from sla2.checkpoint import Checkpoint
+from sla2.errors import UserError
 from sla2.files import write_atomic
 from sla2.flow import generator
 from sla2.progress import bar
+from sla2.team import Team, local
 
 LOG_COLUMNS = ("step", "phase", "split", "metric", "value")
 TIMING_COLUMNS = ("step", "phase", "seconds", "data_seconds", "gpu_peak_gib")
@@ -70,20 +73,39 @@ class Average:
         self.names = [name for name, _ in trained]
         self.values = nn.ParameterList(nn.Parameter(p.detach().clone(), requires_grad=False) for _, p in trained)
 
+    def _pairs(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Averages and the parameters that they are of; of a split module, this process's shards."""
+        parameters = dict(self.module.named_parameters())
+        return [local(value) for value in self.values], [local(parameters[name]) for name in self.names]
+
     @torch.no_grad()
     def update(self, step: int) -> None:
         if not self.names:
             return
-        decay = min(self.decay, step / (step + 9))
-        parameters = dict(self.module.named_parameters())
-        torch._foreach_lerp_(list(self.values), [parameters[name] for name in self.names], 1 - decay)
+        averages, parameters = self._pairs()
+        torch._foreach_lerp_(averages, parameters, 1 - min(self.decay, step / (step + 9)))
 
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Put the average into the module for a while, and then what was there."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for value, parameter in zip(*self._pairs(), strict=True):
+            kept = parameter.clone()
+            parameter.copy_(value)
+            value.copy_(kept)
+
+    @torch.no_grad()
     def store(self) -> None:
         """Write the average into the module."""
-        parameters = dict(self.module.named_parameters())
-        with torch.no_grad():
-            for name, value in zip(self.names, self.values, strict=True):
-                parameters[name].copy_(value)
+        for value, parameter in zip(*self._pairs(), strict=True):
+            parameter.copy_(value)
 
 
 def rate(step: int, steps: int, warmup: int) -> float:
@@ -94,27 +116,37 @@ def rate(step: int, steps: int, warmup: int) -> float:
     return 0.05 + 0.95 * (1 + math.cos(math.pi * done)) / 2
 
 
-def update(parts: Iterable[Tensor], optimizers: list[torch.optim.Optimizer], clip: float) -> float:
+def update(
+    parts: Iterable[Tensor], optimizers: list[torch.optim.Optimizer], clip: float, team: Team | None = None
+) -> float:
     """One optimiser step on the sum of the parts, whose gradients are summed; returns that sum.
 
     Args:
         parts: losses, each formed when its turn comes, so that one part's activations are in memory at a time.
         clip: largest gradient norm.
+        team: the sum is over its processes too.
 
     Raises:
-        RuntimeError: when a gradient is not finite; the weights are as they were.
+        UserError: when a gradient is not finite; the weights are as they were.
     """
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
+    size = team.size if team else 1
     number = 0.0
     for part in parts:
-        part.backward()
+        (part * size if size > 1 else part).backward()  # the exchange takes the mean over processes, a sum is wanted
         number += part.item()
     parameters = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
-    nn.utils.clip_grad_norm_(parameters, clip, error_if_nonfinite=True)
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    if not norm.isfinite():
+        raise UserError(
+            f"training: the norm of the gradients is {norm.item()}; lower the learning rate, or look at the data"
+        )
+    nn.utils.clip_grads_with_norm_(parameters, clip, norm)
     for optimizer in optimizers:
         optimizer.step()
-    return number
+    return team.sum(number) if team else number
 
 
 def train(
@@ -130,19 +162,24 @@ def train(
     warmup: int = 0,
     clip: float = 1.0,
     ema: float = 0.0,
-    validate: Callable[[int], None] | None = None,
+    validate: Callable[[int], float | None] | None = None,
     validate_every: int = 50,
+    stop: Callable[[], bool] = lambda: False,
     state: dict[str, nn.Module] | None = None,
     waited_s: Callable[[], float] = lambda: 0.0,
+    team: Team | None = None,
 ) -> None:
     """Train `module` in place, resuming from `checkpoint` when there is one; leaves the averaged weights in it.
 
     Args:
         optimizers: step together; each of their groups' learning rates is a peak that the schedule scales.
         loss: yields the parts that sum to the training loss of step i (from 0); its random draws depend on i only.
-        validate: called at step 0, every `validate_every` steps and at the end; writes into `log`.
+        validate: called at step 0, every `validate_every` steps and at the end, with the averaged weights in place; writes into
+            `log`. The weights with the lowest number that it returns are kept beside the checkpoint.
+        stop: asked after each validation; true ends the training early.
         state: further modules that belong to the checkpoint.
         waited_s: seconds that the run has waited for data so far.
+        team: processes that train together; the first shows progress and writes checkpoints.
     """
     average = Average(module, ema)
     modules = {"module": module, "average": average.values, **(state or {})}
@@ -151,14 +188,21 @@ def train(
         log.restore(extra)
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     peaks = [group.setdefault("peak", group["lr"]) for group in groups]
+
+    def look(step: int) -> None:
+        with average.applied():
+            value = validate(step)
+            if value is not None:
+                checkpoint.save_best(step, module, value)
+
     if validate and start == 0:
-        validate(0)
-    progress = bar(steps, description, start)
+        look(0)
+    progress = bar(steps, description, start, shown=team is None or team.first)
     for step in progress:
         began, waited = time.perf_counter(), waited_s()
         for group, peak in zip(groups, peaks, strict=True):
             group["lr"] = peak * rate(step, steps, warmup)
-        number = update(loss(step), optimizers, clip)
+        number = update(loss(step), optimizers, clip, team)
         average.update(step + 1)
         log.add(step + 1, phase, "train", "loss", number)
         seconds, waited = time.perf_counter() - began, waited_s() - waited
@@ -168,7 +212,9 @@ def train(
         progress.set_postfix(**shown, **({} if peak is None else {"gpu": f"{peak:.1f} GiB"}))
         done = step + 1
         if validate and (done % validate_every == 0 or done == steps):
-            validate(done)
+            look(done)
+            if stop():
+                break
         if done % checkpoint.every == 0 and done < steps:
             checkpoint.save(done, modules, optimizers, log.state())
     average.store()

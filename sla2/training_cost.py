@@ -83,7 +83,7 @@ def measure(name: str, study: Study, args: argparse.Namespace, device: torch.dev
             times = [seconds(call, device) for call in calls(name, study, args, device)][args.warmup :]
     except torch.OutOfMemoryError:
         return row | {"reason": "out of GPU memory"}
-    except RuntimeError as error:  # a backend that a build of torch or a GPU does not have
+    except (RuntimeError, UserError) as error:  # a backend that a build of torch or a GPU does not have
         return row | {"reason": str(error).splitlines()[0]}
     peak = round(torch.cuda.max_memory_allocated(device) / GIB, 2) if device.type == "cuda" else ""
     times = [round(t, 4) for t in (statistics.median(times), min(times), max(times))]

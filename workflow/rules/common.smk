@@ -125,9 +125,10 @@ def settings(step, **extra):
 
 
 def gpus(step):
-    """GPUs that a job of a step takes: one, unless it computes on the CPU."""
-    device = study.section(step)["device"]
-    return int(device == "cuda" or (device == "auto" and shutil.which("nvidia-smi") is not None))
+    """GPUs that a job of a step takes, on all its nodes: one, or as many as its section says, and none on the CPU."""
+    section, device = study.config[step], study.section(step)["device"]
+    on_gpu = device == "cuda" or (device == "auto" and shutil.which("nvidia-smi") is not None)
+    return section.get("gpus", 1) * section.get("nodes", 1) if on_gpu else 0
 
 
 def captions():

@@ -12,8 +12,10 @@ rule stage2:
     conda:
         "../envs/sla2.yaml"
     threads: study.config["threads"]
+    # Not parameters: another number of GPUs reruns nothing.
     resources:
         gpu=gpus("stage2"),
+        nodes=study.config["stage2"]["nodes"],
     params:
         settings=lambda w: settings(
             "stage2",
@@ -25,5 +27,5 @@ rule stage2:
         adapter=lambda w, input: folder_option("--adapter", input.adapter),
         output=subpath(output.adapter, parent=True),
     shell:
-        "( sla2 stage2 --settings {params.settings:q} --base {input.base} {params.adapter} --output {params.output} )"
+        "( sla2 --gpus {resources.gpu} --nodes {resources.nodes} stage2 --settings {params.settings:q} --base {input.base} {params.adapter} --output {params.output} )"
         " 2>&1 | tee {log}"

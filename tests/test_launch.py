@@ -1,0 +1,45 @@
+"""`sla2 --gpus N --nodes M`: the launcher's command line, and that it starts processes which know of each other."""
+
+import itertools
+import subprocess
+import sys
+
+import pytest
+
+from sla2 import launch
+from sla2.errors import UserError
+
+
+def test_two_processes_start(tmp_path):
+    (tmp_path / "step.py").write_text(
+        "import os, sys\nprint(*(os.environ[name] for name in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE')), *sys.argv[1:])\n"
+    )
+    code = "import sys; from sla2.launch import launch; sys.exit(launch('step', sys.argv[1:], 2, 1))"
+    started = subprocess.run([sys.executable, "-c", code, "--a", "b c"], cwd=tmp_path, capture_output=True, text=True)
+    assert started.returncode == 0, started.stderr
+    assert sorted(started.stdout.splitlines()) == ["0 0 2 --a b c", "1 1 2 --a b c"]
+
+
+def test_nodes_of_a_slurm_job_each_start_a_launcher(tmp_path, monkeypatch):
+    (tmp_path / "scontrol").write_text("#!/bin/sh\nprintf 'node7\\nnode8\\n'\n")
+    (tmp_path / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setenv("SLURM_JOB_ID", "1")
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "node[7-8]")
+    *srun, inner = launch.command("sla2.stage2", ["--settings", '{"a": "it\'s"}'], 8, 2)
+    assert srun == ["srun", "--nodes", "2", "--ntasks", "2", "--ntasks-per-node", "1", "sh", "-c"]
+    # What the shell of the second node makes of it.
+    shell = ["sh", "-c", f"SLURM_NODEID=1; set -- {inner}; printf '%s\\n' \"$@\""]
+    words = subprocess.run(shell, capture_output=True, text=True, check=True).stdout.splitlines()
+    options = dict(itertools.pairwise(words))
+    assert options["--num_processes"] == "16"
+    assert options["--num_machines"] == "2"
+    assert options["--machine_rank"] == "1"
+    assert options["--main_process_ip"] == "node7"
+    assert words[-4:] == ["--module", "sla2.stage2", "--settings", '{"a": "it\'s"}']
+
+
+def test_nodes_without_slurm_are_refused(monkeypatch):
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    with pytest.raises(UserError, match="several nodes need a Slurm job"):
+        launch.command("sla2.stage2", [], 8, 2)
