@@ -165,6 +165,17 @@ def test_missing_videos_stop_before_the_first_job(checkout):
     assert "This was a dry-run" in checkout.snakemake("--dry-run", "--quiet", "rules").stdout
 
 
+def test_a_run_on_more_gpus_than_are_allowed_stops_before_the_first_job(checkout):
+    """Snakemake itself would start it on those that there are."""
+    checkout.edit("config/tiny.yaml", "device: cpu", "device: cuda")
+    checkout.edit("config/tiny.yaml", "block_q: 16\n  block_k: 8", "block_q: 16\n  block_k: 16")  # as triton needs
+    checkout.edit("config/tiny.yaml", "lr_mixing: 1e-2\n  warmup: 5", "lr_mixing: 1e-2\n  gpus: 4\n  warmup: 5")
+    done = checkout.snakemake("ablations", check=False)
+    assert done.returncode
+    assert "error: stage2.gpus: a run takes 4 GPUs, gpu=1 is allowed; add --resources gpu=4" in done.stderr
+    assert not list(checkout.folder.glob("results/**/*.log"))
+
+
 def test_parse_time(checkout, tmp_path):
     """The workflow costs Snakemake under 3 s of processor time more than an empty one."""
     (tmp_path / "empty").mkdir()

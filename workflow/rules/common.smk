@@ -61,6 +61,12 @@ onstart:
         check_paths(study)
     except UserError as error:
         raise SystemExit(f"error: {error}")
+    # Snakemake would quietly hand such a job what there is.
+    wanted, limit = gpus("stage2"), workflow.global_resources.get("gpu").value
+    if limit is not None and wanted > limit:
+        raise SystemExit(
+            f"error: stage2.gpus: a run takes {wanted} GPUs, gpu={limit} is allowed; add --resources gpu={wanted}"
+        )
     # Importing for all jobs costs what importing for two does, so a few jobs import for themselves.
     if workflow.local_exec and sum(1 for _ in workflow.dag.needrun_jobs()) > 5:
         preloaded.append(start(Path(tempfile.mkdtemp(prefix="sla2-"))))
@@ -92,7 +98,17 @@ GROUPS = {row.stage1_group: row for row in study.variants.values() if row.stage1
 TABLES = expand(
     "<results>/tables/{table}",
     table=[
-        f"{name}.csv" for name in ("quality", "fidelity", "attention", "efficiency", "training", "ablation", "variants")
+        f"{name}.csv"
+        for name in (
+            "quality",
+            "fidelity",
+            "attention",
+            "efficiency",
+            "training",
+            "ablation",
+            "variants",
+            "validity",
+        )
     ]
     + ["study.json", "provenance.json"],
 )
