@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sla2.router import Shape
 from sla2.variant import MIXINGS, QUANTIZERS, ROUTERS, Variant, kept_blocks
 from sla2_kernels import linear_attention, resolve_backend, sla2_attention, sparse_attention
 from sla2_kernels.reference import num_blocks, pool_blocks, smooth_keys, top_k_mask
@@ -53,25 +54,26 @@ class SparseLinearAttention(nn.Module):
     def __init__(self, variant: Variant, heads: int, head_dim: int, tokens: int, settings: AttentionSettings) -> None:
         super().__init__()
         self.variant, self.settings = variant, settings
-        self.router = resolve_name(ROUTERS[variant.router])(head_dim)
+        shape = Shape(heads, head_dim, num_blocks(tokens, settings.block_k), settings.block_q / settings.block_k)
+        self.router = resolve_name(ROUTERS[variant.router])(shape)
         self.mixing = resolve_name(MIXINGS[variant.mixing])(heads, head_dim, num_blocks(tokens, settings.block_q))
         self.quantizer = resolve_name(QUANTIZERS[variant.quantization])
 
-    def scores(self, q: Tensor, k: Tensor) -> Tensor:
-        """Router scores (B, H, T_m, T_n) of queries and already smoothed keys (B, H, N, D)."""
-        return self.router(pool_blocks(q, self.settings.block_q), pool_blocks(k, self.settings.block_k))
+    def scores(self, q: Tensor, k: Tensor, router: nn.Module | None = None) -> Tensor:
+        """Scores (B, H, T_m, T_n), fp32 or wider, of queries and keys (B, H, N, D), by another router if one is given."""
+        # Block means are not rounded to bf16, in which neighbouring scores would be equal; the fused operator does not round either.
+        q, k = (x if x.dtype == torch.float64 else x.float() for x in (q, k))
+        keys = pool_blocks(k, self.settings.block_k) - k.mean(-2, keepdim=True)  # smoothed
+        return (router or self.router)(pool_blocks(q, self.settings.block_q), keys)
 
     def kept(self, tokens: int) -> int:
         """Key blocks that each query block keeps at that length."""
         return kept_blocks(self.variant.sparsity, num_blocks(tokens, self.settings.block_k))
 
+    @torch.no_grad()
     def route(self, q: Tensor, k: Tensor) -> Tensor:
         """Hard mask (B, H, T_m, T_n), bool, of queries and keys (B, H, N, D)."""
-        return self._choose(q, smooth_keys(k))
-
-    @torch.no_grad()
-    def _choose(self, q: Tensor, smooth: Tensor) -> Tensor:
-        return top_k_mask(self.scores(q, smooth), self.kept(smooth.shape[-2]))
+        return top_k_mask(self.scores(q, k), self.kept(k.shape[-2]))
 
     def linear_weight(self, mask: Tensor) -> Tensor:
         """Blocks of the linear branch: what the sparse one skips; every block for `sla_main`."""
@@ -91,7 +93,7 @@ class SparseLinearAttention(nn.Module):
         if fused and resolve_backend(s.backend, q) == "triton":
             return self._fused(q, k, v, blocks)
         smooth = smooth_keys(k)  # shifts every row of S by a constant, so the softmax branch is unchanged
-        mask = self._choose(q, smooth)
+        mask = self.route(q, k)
         precision = self.quantizer.precision(self.training)
         sparse, _ = sparse_attention(q, smooth, v, mask, precision=precision, **blocks)
         phi_keys = smooth if s.phi_keys == "smoothed" else k

@@ -19,6 +19,11 @@ class AlphaMixing(nn.Module):
         super().__init__()
         self.logit = nn.Parameter(torch.full((heads, query_blocks), ALPHA_LOGIT))
 
+    @torch.no_grad()
+    def start(self, alpha: Tensor) -> None:
+        """Set alpha (H, T_m), within what a logit can still be moved from."""
+        self.logit.copy_(alpha.clamp(0.02, 0.98).logit())
+
     def alpha(self, query_blocks: int) -> Tensor:
         """Alpha (H, T_m) in the parameter's dtype, fp32, for a sequence of that many query blocks."""
         logit = self.logit
@@ -26,10 +31,16 @@ class AlphaMixing(nn.Module):
             logit = F.interpolate(logit[None], size=query_blocks, mode="linear", align_corners=True)[0]
         return torch.sigmoid(logit)
 
-    def forward(self, sparse: Tensor, linear: Tensor, block_q: int) -> Tensor:
-        """Mix outputs (B, H, N, D) of both branches."""
+    def forward(self, sparse: Tensor, linear: Tensor, block_q: int, rows: Tensor | None = None) -> Tensor:
+        """Mix outputs (B, H, N, D) of both branches.
+
+        Args:
+            rows: (R,) numbers of the whole query blocks that the outputs are of, at the length that alpha is laid out for; None
+                for all blocks of a sequence.
+        """
         length = sparse.shape[-2]
-        alpha = self.alpha(-(-length // block_q)).repeat_interleave(block_q, dim=1)[:, :length, None]
+        alpha = self.alpha(-(-length // block_q)) if rows is None else torch.sigmoid(self.logit[:, rows])
+        alpha = alpha.repeat_interleave(block_q, dim=1)[:, :length, None]
         return (alpha * sparse + (1 - alpha) * linear).to(sparse.dtype)
 
 
@@ -39,7 +50,7 @@ class SumMixing(nn.Module):
     def __init__(self, heads: int, head_dim: int, query_blocks: int) -> None:
         super().__init__()
 
-    def forward(self, sparse: Tensor, linear: Tensor, block_q: int) -> Tensor:
+    def forward(self, sparse: Tensor, linear: Tensor, block_q: int, rows: Tensor | None = None) -> Tensor:
         """Add outputs (B, H, N, D) of both branches."""
         return sparse + linear
 
@@ -53,6 +64,6 @@ class ProjectionMixing(nn.Module):
         nn.init.zeros_(self.projection.weight)
         nn.init.zeros_(self.projection.bias)
 
-    def forward(self, sparse: Tensor, linear: Tensor, block_q: int) -> Tensor:
+    def forward(self, sparse: Tensor, linear: Tensor, block_q: int, rows: Tensor | None = None) -> Tensor:
         """Mix outputs (B, H, N, D) of both branches."""
         return sparse + self.projection(linear.to(self.projection.weight.dtype)).to(sparse.dtype)

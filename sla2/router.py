@@ -6,6 +6,8 @@ hard mask is the same, SoftTop-k is not, so `router_logits` chooses and defaults
 the soft mask nearly uniform).
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
@@ -14,44 +16,78 @@ from sla2_kernels.reference import top_k_mask
 BISECTIONS = 40  # halves the bracket below fp32 resolution
 
 
+@dataclass(frozen=True)
+class Shape:
+    """What a router is made for.
+
+    Args:
+        heads, head_dim: of the layer.
+        key_blocks: T_n of the length that it is trained at; routers serve other lengths too.
+        stride: key blocks in a query block, b_q / b_k.
+    """
+
+    heads: int
+    head_dim: int
+    key_blocks: int
+    stride: float
+
+
 class LearnedRouter(nn.Module):
     """P_c = proj_q(pool(Q)) proj_k(pool(K))^T, projections d x d, shared by the heads of a layer, initialised to the identity.
 
     The identity is SLA's heuristic router, so stage 1 starts from it.
     """
 
-    learned = True
-
-    def __init__(self, head_dim: int) -> None:
+    def __init__(self, shape: Shape) -> None:
         super().__init__()
-        self.query = nn.Parameter(torch.eye(head_dim))
-        self.key = nn.Parameter(torch.eye(head_dim))
+        self.query = nn.Parameter(torch.eye(shape.head_dim))
+        self.key = nn.Parameter(torch.eye(shape.head_dim))
 
     def forward(self, q: Tensor, k: Tensor) -> Tensor:
         """Scores (B, H, T_m, T_n) of pooled queries (B, H, T_m, D) and pooled, smoothed keys (B, H, T_n, D)."""
         dtype = self.query.dtype
-        return (q.to(dtype) @ self.query.T) @ (k.to(dtype) @ self.key.T).transpose(-1, -2)
+        return (q.to(dtype) @ self.query.mT) @ (k.to(dtype) @ self.key.mT).mT
+
+
+class OffsetRouter(LearnedRouter):
+    """`LearnedRouter` with projections of each head's own, and a bias for each head and offset between the two blocks; not in the paper.
+
+    Heads look for different things, and where a block lies tells much of its worth. Offsets are in key blocks, so at another
+    length they keep their meaning as long as frames have as many tokens; those farther than any seen in training take the bias
+    of the farthest.
+    """
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__(shape)
+        eye = torch.eye(shape.head_dim).repeat(shape.heads, 1, 1)
+        self.query, self.key = nn.Parameter(eye), nn.Parameter(eye.clone())
+        self.bias = nn.Parameter(torch.zeros(shape.heads, 2 * shape.key_blocks - 1))  # offset 0 in the middle
+        self.unit = shape.head_dim**0.5  # scores are over sqrt(D) before they are compared: a bias in units of those
+        self.stride = shape.stride
+
+    def forward(self, q: Tensor, k: Tensor) -> Tensor:
+        """As `LearnedRouter.forward`."""
+        rows = (torch.arange(q.shape[-2], device=q.device) * self.stride).long()
+        farthest = self.bias.shape[1] // 2
+        offset = torch.arange(k.shape[-2], device=k.device) - rows[:, None]  # (T_m, T_n)
+        return super().forward(q, k) + self.unit * self.bias[:, offset.clamp(-farthest, farthest) + farthest]
 
 
 class MeanPoolRouter(nn.Module):
     """SLA's heuristic: pool(Q) pool(K)^T, no parameters."""
 
-    learned = False
-
-    def __init__(self, head_dim: int) -> None:
+    def __init__(self, shape: Shape) -> None:
         super().__init__()
 
     def forward(self, q: Tensor, k: Tensor) -> Tensor:
         """As `LearnedRouter.forward` with the identity for both projections."""
-        return q.float() @ k.float().transpose(-1, -2)
+        return q.float() @ k.float().mT
 
 
 class RandomRouter(nn.Module):
     """Scores that know nothing of the content: the lower bound for routing. The same draw in every call of one geometry."""
 
-    learned = False
-
-    def __init__(self, head_dim: int) -> None:
+    def __init__(self, shape: Shape) -> None:
         super().__init__()
 
     def forward(self, q: Tensor, k: Tensor) -> Tensor:

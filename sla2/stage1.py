@@ -1,89 +1,53 @@
 """Step stage1: router and mixing are fitted to the dense attention's output, the base model frozen (section 6, Algorithm 1).
 
-Online: the dense model runs on noisy latents over all noise levels; each self-attention hands its Q, K, V and dense output to
-the layer's own router and mixing, all layers learn at once on a sample of query blocks, and nothing is stored. What is kept is
-the state with the lowest **hard** error on held-out clips, because the soft loss can fall while the hard choice gets worse: a
-uniform soft mask cancels in the softmax's normaliser.
+Online: the dense model runs on noisy latents over all noise levels; while it does, each self-attention shows its q, k, v and dense
+output to the layer's own router and mixing, which take their gradient on a sample of query blocks at once. All layers learn in
+one pass, and what a layer showed is gone when the next one runs. What is kept is the state with the lowest **hard** error on
+held-out clips, because a router's own loss can fall while its hard choice gets worse (`sla2.estimators`).
 
     python -m sla2.stage1 --settings JSON --base results/S/base_model/base_model.json --output results/S/stage1/GROUP
 """
 
 import argparse
-import csv
-import io
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from statistics import median
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sla2.attention import AttentionSettings, SparseLinearAttention, build
+from sla2.attention import AttentionSettings, build
 from sla2.checkpoint import Checkpoint
 from sla2.device import claim_device
 from sla2.errors import run_main
-from sla2.files import write_atomic
+from sla2.estimators import layer_loss, relative_error
 from sla2.flow import generator, noisy, predict, shifted
-from sla2.latents import Latents
+from sla2.latents import Latents, Stream
 from sla2.progress import say
 from sla2.record import write_provenance
-from sla2.router import soft_top_k, straight_through
-from sla2.training import Log, batches, train
+from sla2.stage1_report import AlphaFit, layer_report, write_report
+from sla2.training import Log, batches, each, train
 from sla2.variant import Variant
-from sla2.wan import BaseModel, capture_qkv, load_transformer, save_adapter
-from sla2_kernels import reference
+from sla2.wan import BaseModel, installed, load_transformer, save_adapter
 
-ERROR_COLUMNS = ("layer", "sigma", "split", "metric", "value")
-HELDOUT_SIGMAS = (0.3, 0.7, 0.95)
-
-
-def masked_output(module: SparseLinearAttention, seen: dict[str, Tensor], rows: Tensor, settings: dict) -> Tensor:
-    """SLA2's output (B, H, R * b_q, D) for some query blocks, differentiable in router and mixing.
-
-    With a soft mask M the sparse branch is P proportional to M exp(S) and the linear branch is weighted by 1 - M; both are
-    the hard operator where M is 0 or 1.
-
-    Args:
-        seen: q, k, v (B, H, N, D) of one layer; rows: (R,) indices of whole query blocks.
-    """
-    s, q, v = module.settings, seen["q"].float(), seen["v"].float()
-    keys = reference.smooth_keys(seen["k"].float())
-    scores = module.scores(q, keys)[:, :, rows]
-    scale = q.shape[-1] ** -0.5
-    logits = {"raw": lambda: scores, "scaled": lambda: scores * scale, "softmax": lambda: (scores * scale).softmax(-1)}
-    logits = logits[settings["router_logits"]]()
-    kept = module.kept(keys.shape[-2])
-    choose = {"soft": soft_top_k, "straight_through": straight_through}[settings["estimator"]]
-    mask = choose(logits, kept, settings["tau"])
-    positions = (rows[:, None] * s.block_q + torch.arange(s.block_q, device=q.device)).flatten()
-    q = q[:, :, positions]
-    sparse = reference.soft_sparse_attention(
-        q, keys, v, mask.clamp_min(torch.finfo(mask.dtype).tiny).log(), s.block_q, s.block_k
-    )
-    phi_keys = keys if s.phi_keys == "smoothed" else seen["k"].float()
-    linear = reference.linear_attention(
-        reference.feature_map(q, s.feature_map),
-        reference.feature_map(phi_keys, s.feature_map),
-        v,
-        1 - mask,
-        s.block_q,
-        s.block_k,
-    )
-    return mix_rows(module, sparse, linear, rows)
+Look = Callable[[int, Tensor, Tensor, Tensor, Tensor], None]  # layer, and its q, k, v, o (B, H, N, D)
+FIT_CLIPS = 12  # training clips that alpha is fitted on in closed form: few numbers, many rows
 
 
-def mix_rows(module: SparseLinearAttention, sparse: Tensor, linear: Tensor, rows: Tensor) -> Tensor:
-    """Mix outputs (B, H, R * b_q, D) of some query blocks with the mixing of those blocks."""
-    if not hasattr(module.mixing, "alpha"):
-        return module.mixing(sparse, linear, module.settings.block_q)
-    alpha = module.mixing.alpha(module.mixing.logit.shape[1])[:, rows]
-    alpha = alpha.repeat_interleave(module.settings.block_q, dim=1)[..., None]
-    return alpha * sparse + (1 - alpha) * linear
+class Shown(nn.Module):
+    """Dense attention that shows what it sees and gives to `look`, and keeps nothing."""
 
+    def __init__(self, look: Callable[[Tensor, Tensor, Tensor, Tensor], None]) -> None:
+        super().__init__()
+        self.look = look
 
-def relative_error(out: Tensor, target: Tensor) -> Tensor:
-    """Squared error over the target's power: equal weight for layers of unequal size."""
-    return (out.float() - target.float()).square().mean() / target.float().square().mean()
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = F.scaled_dot_product_attention(q, k, v)
+        self.look(q, k, v, out)
+        return out
 
 
 class Stage1:
@@ -95,51 +59,105 @@ class Stage1:
 
     def __init__(self, settings: dict, base: BaseModel, device: torch.device) -> None:
         self.settings, self.base, self.device = settings, base, device
-        variant = Variant.from_row(settings["variant"])
+        self.variant = Variant.from_row(settings["variant"])
         self.attention = AttentionSettings(**settings["attention"])
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         self.transformer = load_transformer(base, dtype=dtype).to(device).eval().requires_grad_(False)
         self.layers = nn.ModuleList(
-            build(variant, base.heads, base.head_dim, base.tokens, self.attention) for _ in range(base.layers)
+            build(self.variant, base.heads, base.head_dim, base.tokens, self.attention) for _ in range(base.layers)
         ).to(device)
         self.data, self.heldout = Latents(Path(base.latents) / "train"), Latents(Path(base.latents) / "heldout")
-        self.order = batches(len(self.data), settings["batch"], settings["seed"])
+        order = batches(len(self.data), settings["batch"], settings["seed"])
+        self.stream = Stream(self.data, order, settings["steps"], device)
+        self.last_tau = settings["tau_end"] or settings["tau"]
         self.whole_blocks = base.tokens // self.attention.block_q  # the ragged last block is left to the hard error
 
-    def dense(self, latents: Tensor, text: Tensor, sigma: Tensor, draw: torch.Generator) -> list[dict[str, Tensor]]:
-        """Q, K, V and dense output of every layer on noisy latents."""
-        noise = torch.randn(latents.shape, generator=draw)
-        x, _ = noisy(latents.to(self.device), noise.to(self.device), sigma.to(self.device))
-        with torch.no_grad(), capture_qkv(self.transformer) as layers:
-            predict(self.transformer, x, sigma.to(self.device), text.to(self.device))
-        return layers
+    @torch.no_grad()
+    def dense(self, latents: Tensor, text: Tensor, sigma: Tensor, draw: torch.Generator, look: Look) -> None:
+        """Run the dense model on noisy latents; each layer is shown to `look` when its turn comes."""
+        latents, text, sigma = (tensor.to(self.device) for tensor in (latents, text, sigma))
+        noise = torch.randn(latents.shape, generator=draw)  # on the CPU, so that devices agree
+        x, _ = noisy(latents, noise.to(self.device), sigma)
+        shown = [Shown(partial(look, layer)) for layer in range(self.base.layers)]
+        with installed(self.transformer, shown):
+            predict(self.transformer, x, sigma, text)
+
+    def tau(self, step: int) -> float:
+        """Temperature of SoftTop-k at `step`: from `tau` to `tau_end` in equal ratios."""
+        first, last = self.settings["tau"], self.last_tau
+        return first * (last / first) ** (step / max(1, self.settings["steps"] - 1))
 
     def loss(self, step: int) -> Iterator[Tensor]:
-        """Mean relative error over layers of the masked output, for a random sample of query blocks each."""
+        """Mean loss over layers for a random sample of query blocks each; the gradients are taken layer by layer on the way."""
         draw = generator(self.settings["seed"], 4, step)
-        latents, text = self.data.batch(self.order(step))
+        latents, text = self.stream(step)
         sigma = shifted(torch.rand(len(latents), generator=draw).clamp(1e-3, 1 - 1e-3), self.base.flow_shift)
         losses = []
-        for module, seen in zip(self.layers, self.dense(latents, text, sigma, draw), strict=True):
+
+        @torch.enable_grad()
+        def learn(layer: int, q: Tensor, k: Tensor, v: Tensor, o: Tensor) -> None:
             rows = torch.randperm(self.whole_blocks, generator=draw)[: self.settings["query_blocks"]].to(self.device)
-            out = masked_output(module, seen, rows, self.settings)
-            shape = (*seen["o"].shape[:2], self.whole_blocks, self.attention.block_q, self.base.head_dim)
-            target = seen["o"][:, :, : self.whole_blocks * self.attention.block_q].reshape(shape)[:, :, rows]
-            losses.append(relative_error(out, target.flatten(2, 3)))
-        yield torch.stack(losses).mean()
+            loss = layer_loss(self.layers[layer], q, k, v, o, rows, self.settings, self.tau(step)) / self.base.layers
+            loss.backward()
+            losses.append(loss.detach())
+
+        self.dense(latents, text, sigma, draw, learn)
+        yield torch.stack(losses).sum().requires_grad_()  # a leaf: the loop's backward has nothing left to do
+
+    def on_heldout(self, look: Callable[[float, int, Tensor, Tensor, Tensor, Tensor], None]) -> None:
+        """Show every layer at every held-out noise level, on held-out clips and noise that are the same in every call."""
+        for number, level in enumerate(self.settings["sigmas"]):
+            for clip in range(self.settings["heldout_clips"]):
+                index = (number * self.settings["heldout_clips"] + clip) % len(self.heldout)
+                self.dense(
+                    *self.heldout.batch([index]),
+                    torch.tensor([level]),
+                    generator(0, 5, number, clip),
+                    partial(look, level),
+                )
 
     @torch.no_grad()
-    def hard_errors(self) -> list[tuple[int, float, float]]:
-        """(layer, sigma, relative error) of the hard operator, as inference runs it, on held-out clips."""
+    def hard_error(self) -> float:
+        """Mean over layers, noise levels and held-out clips of the hard operator's relative error, as inference runs it."""
+        errors = []
+
+        def measure(level: float, layer: int, q: Tensor, k: Tensor, v: Tensor, o: Tensor) -> None:
+            errors.append(relative_error(self.layers[layer](q, k, v), o))
+
         self.layers.eval()
-        found = []
-        for number, level in enumerate(HELDOUT_SIGMAS):
-            latents, text = self.heldout.batch([number % len(self.heldout)])
-            for layer, seen in enumerate(self.dense(latents, text, torch.tensor([level]), generator(0, 5, number))):
-                out = self.layers[layer](seen["q"], seen["k"], seen["v"])
-                found.append((layer, level, float(relative_error(out, seen["o"]))))
+        self.on_heldout(measure)
         self.layers.train()
-        return found
+        return torch.stack(errors).mean().item()
+
+    def fit_alpha(self, controls: bool) -> list[AlphaFit]:
+        """Least-squares alpha of each layer on a few training clips, whose noise levels lie as those of training."""
+        fits = [AlphaFit(layer, controls) for layer in self.layers]
+        clips = list(range(min(FIT_CLIPS, len(self.data))))
+        for part in each(clips, self.settings["batch"]):
+            sigma = shifted((torch.tensor(part) + 0.5) / len(clips), self.base.flow_shift)
+            self.dense(
+                *self.data.batch(part), sigma, generator(0, 7, part[0]), lambda layer, *seen: fits[layer].add(*seen)
+            )
+        return fits
+
+    def start_alpha(self) -> None:
+        """Alpha starts where it is best for the untrained router: logits have far to go from a constant, and all that they need is here."""
+        if self.variant.mixing == "alpha":
+            for layer, fit in zip(self.layers, self.fit_alpha(controls=False), strict=True):
+                layer.mixing.start(fit.alpha(self.variant.router))
+
+    @torch.no_grad()
+    def report(self) -> list[tuple]:
+        """Rows of `report.csv`: the layers' routers and alpha, and their controls, on held-out clips."""
+        fits, rows = self.fit_alpha(controls=True), []
+
+        def measure(level: float, layer: int, *seen: Tensor) -> None:
+            found = layer_report(self.layers[layer], fits[layer], *seen, self.settings["router_logits"], self.last_tau)
+            rows.extend((layer, level, *row) for row in found)
+
+        self.layers.eval()
+        self.on_heldout(measure)
+        return rows
 
 
 def main() -> None:
@@ -153,18 +171,18 @@ def main() -> None:
     settings, base = args.settings, BaseModel.read(args.base)
     device = claim_device(settings)
     run, log = Stage1(settings, base, device), Log()
+    run.start_alpha()
     name = settings["variant"]["variant"]
-    best = nn.ModuleList(
-        build(Variant.from_row(settings["variant"]), base.heads, base.head_dim, base.tokens, run.attention)
-        for _ in range(base.layers)
-    ).to(device)
 
-    def validate(step: int) -> None:
-        error = sum(value for _, _, value in run.hard_errors()) / (base.layers * len(HELDOUT_SIGMAS))
-        earlier = [row[4] for row in log if row[3] == "hard_error"]
+    def validate(step: int) -> float:
+        error = run.hard_error()
         log.add(step, "stage1", "heldout", "hard_error", error)
-        if not earlier or error < min(earlier):
-            best.load_state_dict(run.layers.state_dict())
+        return error
+
+    def stop() -> bool:
+        """Whether the last `patience` measurements found nothing better."""
+        errors = [value for _, _, _, metric, value in log if metric == "hard_error"]
+        return bool(settings["patience"]) and len(errors) - 1 - errors.index(min(errors)) >= settings["patience"]
 
     groups = [
         {"params": part, "lr": lr}
@@ -189,31 +207,35 @@ def main() -> None:
             log,
             validate=validate,
             validate_every=settings["validate_every"],
-            state={"best": best},
+            stop=stop,
+            waited_s=run.stream.waited_s,
         )
-        run.layers.load_state_dict(best.state_dict())
+        checkpoint.load_best(run.layers)
         checkpoint.remove()
     else:
         validate(0)
         say(f"stage1 {name}: nothing to train; its hard error is measured")
+    write_report(args.output / "report.csv", run.report())
+    log.write(args.output / "log.csv")
+    say(summary(name, log))
     state = {
         f"blocks.{index}.attn1.processor.attention.{key}": tensor
         for index, layer in enumerate(run.layers)
         for key, tensor in layer.state_dict().items()
     }
-    write_errors(args.output / "errors.csv", run.hard_errors())
-    log.write(args.output / "log.csv")
     write_provenance(args.output / "adapter.safetensors", settings, base_sha256=base.weights_sha256)
-    save_adapter(args.output, state, Variant.from_row(settings["variant"]), run.attention, base)
+    save_adapter(args.output, state, run.variant, run.attention, base)
 
 
-def write_errors(path: Path, errors: list[tuple[int, float, float]]) -> None:
-    """Hard relative error by layer and noise level on held-out clips."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(ERROR_COLUMNS)
-    writer.writerows([layer, sigma, "heldout", "hard_error", f"{value:.6g}"] for layer, sigma, value in errors)
-    write_atomic(path, text.getvalue())
+def summary(name: str, log: Log) -> str:
+    """The run in one line: hard error before and at its best, and what a step took."""
+    errors = [value for _, _, _, metric, value in log if metric == "hard_error"]
+    line = f"stage1 {name}: held-out hard error {errors[0]:.4f} at the start, {min(errors):.4f} at best"
+    if log.timing:
+        line += f"; {median(row[2] for row in log.timing):.2f} s a step"
+        peaks = [row[4] for row in log.timing if row[4] != ""]
+        line += f", peak {max(peaks):.1f} GiB of GPU memory" if peaks else ""
+    return line
 
 
 if __name__ == "__main__":

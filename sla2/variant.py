@@ -20,9 +20,11 @@ ATTENTIONS = {
 ROUTERS = {
     "none": None,
     "learned": "sla2.router:LearnedRouter",
+    "offset": "sla2.router:OffsetRouter",
     "mean_pool": "sla2.router:MeanPoolRouter",
     "random": "sla2.router:RandomRouter",
 }
+LEARNED_ROUTERS = ("learned", "offset")
 MIXINGS = {
     "none": None,
     "alpha": "sla2.mixing:AlphaMixing",
@@ -145,7 +147,5 @@ def _check_combination(variant: Variant, where: str) -> None:
             raise UserError(
                 f"{where}: attention '{variant.attention}' needs a {axis}; choose one of {', '.join(list(AXES[axis])[1:])}"
             )
-    if variant.attention != "sla2" and variant.router == "learned":
-        raise UserError(
-            f"{where}: only attention 'sla2' has a stage 1 that trains a learned router; use mean_pool or sla2"
-        )
+    if variant.attention != "sla2" and variant.router in LEARNED_ROUTERS:
+        raise UserError(f"{where}: only attention 'sla2' has a stage 1 that trains a router; use mean_pool or sla2")

@@ -3,7 +3,15 @@
 import pytest
 import torch
 
-from sla2.router import LearnedRouter, MeanPoolRouter, RandomRouter, soft_top_k, straight_through
+from sla2.router import (
+    LearnedRouter,
+    MeanPoolRouter,
+    OffsetRouter,
+    RandomRouter,
+    Shape,
+    soft_top_k,
+    straight_through,
+)
 from sla2_kernels.reference import top_k_mask
 
 
@@ -56,13 +64,38 @@ def test_straight_through_has_the_hard_value_and_the_soft_gradient():
     torch.testing.assert_close(found, expected)
 
 
-def test_learned_router_starts_as_the_heuristic():
-    q, k = torch.randn(2, 3, 5, 8), torch.randn(2, 3, 7, 8)
-    torch.testing.assert_close(LearnedRouter(8)(q, k), MeanPoolRouter(8)(q, k))
+def shape(heads=3, dim=8, key_blocks=7, stride=2.0):
+    return Shape(heads, dim, key_blocks, stride)
+
+
+@pytest.mark.parametrize("kind", [LearnedRouter, OffsetRouter])
+def test_learned_routers_start_as_the_heuristic(kind):
+    q, k = torch.randn(2, 3, 4, 8), torch.randn(2, 3, 7, 8)
+    torch.testing.assert_close(kind(shape())(q, k), MeanPoolRouter(shape())(q, k))
+
+
+def test_offset_router_has_projections_and_a_bias_of_each_head():
+    router, q, k = OffsetRouter(shape()), torch.randn(2, 3, 4, 8), torch.randn(2, 3, 7, 8)
+    for parameter in router.parameters():
+        parameter.data.normal_()
+    found = router(q, k)
+    for head, row, column in ((0, 0, 0), (1, 3, 6), (2, 2, 0)):
+        pair = (router.query[head] @ q[0, head, row]) @ (router.key[head] @ k[0, head, column])
+        bias = router.bias[head, column - 2 * row + 6] * 8**0.5  # two key blocks in a query block, offset 0 at 6
+        torch.testing.assert_close(found[0, head, row, column], pair + bias)
+
+
+def test_offset_router_at_another_length():
+    """Offsets mean the same; those beyond the trained ones take the outermost bias."""
+    router = OffsetRouter(shape(key_blocks=4))
+    router.bias.data = torch.arange(7.0).expand(3, 7)
+    found = router(torch.zeros(1, 3, 4, 8), torch.zeros(1, 3, 8, 8))[0, 0] / 8**0.5
+    assert found[0].tolist() == [3, 4, 5, 6, 6, 6, 6, 6]
+    assert found[3].tolist() == [0, 0, 0, 0, 1, 2, 3, 4]
 
 
 def test_random_router_is_repeatable_and_blind():
-    router = RandomRouter(8)
+    router = RandomRouter(shape())
     a, b = torch.randn(2, 3, 5, 8), torch.randn(2, 3, 7, 8)
     torch.testing.assert_close(router(a, b), router(a + 1, b - 1))
     assert router(a, b)[0].unique().numel() > 100

@@ -16,6 +16,8 @@ from torch import Tensor
 from sla2_kernels import reference
 from sla2_kernels.reference import _blocked, _wide
 
+MASS_SCORES = 2**26  # scores that `block_mass` holds at once: 256 MiB in fp32, one query block of Wan2.1-1.3B at 480p
+
 
 def sparse_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor, block_q: int, block_k: int
@@ -53,6 +55,12 @@ def sparse_attention_backward(
         for weights, blocks in ((grad_scores, q_blocks), (p, grad))
     )
     return grad_q, grad_k, grad_v
+
+
+def block_mass(q: Tensor, k: Tensor, block_q: int, block_k: int) -> Tensor:
+    """As `reference.block_mass`, a few query blocks at a time; q may be whole query blocks of a longer sequence."""
+    rows = block_q * max(1, MASS_SCORES // (q.shape[0] * q.shape[1] * k.shape[2] * block_q))
+    return torch.cat([reference.block_mass(part, k, block_q, block_k) for part in q.split(rows, dim=2)], dim=2)
 
 
 def _gathered(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, block_q: int, block_k: int):

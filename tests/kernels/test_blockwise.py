@@ -59,3 +59,14 @@ def test_bf16_is_computed_in_fp32():
     wanted, _ = reference.sparse_attention(q.double(), k.double(), v.double(), *rest)
     assert (out.dtype, lse.dtype) == (torch.bfloat16, torch.float32)
     assert torch.equal(out, wanted.bfloat16()) or (out - wanted.bfloat16()).abs().max() <= 2**-7
+
+
+@pytest.mark.parametrize("scores", [1, 2 * 3 * 100 * 16 * 2, 2**26], ids=["one block", "two blocks", "all"])
+def test_block_mass_by_parts(monkeypatch, scores):
+    monkeypatch.setattr(blockwise, "MASS_SCORES", scores)
+    q, k = torch.randn(2, 2, 3, 100, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).unbind(0)
+    found = blockwise.block_mass(q, k, 16, 8)
+    torch.testing.assert_close(found, reference.block_mass(q, k, 16, 8))
+    torch.testing.assert_close(found.sum(-1), torch.ones(2, 3, 7, dtype=torch.float64))
+    sampled = torch.cat([q[:, :, 80:96], q[:, :, :16]], dim=2)  # any whole query blocks, in any order
+    torch.testing.assert_close(blockwise.block_mass(sampled, k, 16, 8), found[:, :, [5, 0]])

@@ -34,7 +34,7 @@ SUM = "sla2-97-sum\tsla2\tlearned\tsum\tqat-int8\t0.97\tyes"
 
 
 def stage1(group: str) -> set[str]:
-    return {f"stage1/{group}/{name}" for name in ("adapter.safetensors", "adapter.json", "log.csv", "errors.csv")}
+    return {f"stage1/{group}/{name}" for name in ("adapter.safetensors", "adapter.json", "log.csv", "report.csv")}
 
 
 def stage2(name: str, seed: int = 0) -> set[str]:

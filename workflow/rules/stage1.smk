@@ -6,7 +6,7 @@ rule stage1:
         adapter="<results>/stage1/{group}/adapter.safetensors",
         config="<results>/stage1/{group}/adapter.json",
         log="<results>/stage1/{group}/log.csv",
-        errors="<results>/stage1/{group}/errors.csv",
+        report="<results>/stage1/{group}/report.csv",
     log:
         "<logs>/stage1/{group}.log",
     conda:
