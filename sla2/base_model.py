@@ -81,8 +81,10 @@ def main() -> None:
 
 def describe(settings: dict, place: str, revision: str | None, config: dict, latents: str) -> dict:
     """Content of `base_model.json`; keys as `sla2.wan.BaseModel`."""
+    from sla2.adapter import fingerprint_files
     from sla2.wan import vae_factors
 
+    weights = weights_folder(place, revision)
     video = settings["video"]
     temporal, spatial = vae_factors(place, revision)
     patch = config["patch_size"]
@@ -95,7 +97,8 @@ def describe(settings: dict, place: str, revision: str | None, config: dict, lat
     return {
         "pipeline": local.name if settings["pretrained"] is None else place,
         "revision": revision,
-        "weights_sha256": weights_hash(place, revision),
+        "weights_sha256": weights_hash(weights),
+        "fingerprint": fingerprint_files(weights),
         "parameters": count_parameters(config),
         "tokens": grid[0] * grid[1] * grid[2],
         "grid": grid,
@@ -119,23 +122,26 @@ def count_parameters(config: dict) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def weights_hash(place: str, revision: str | None) -> str:
-    """Hash of the transformer's weight files, in the folder or in the hub's local cache.
+def weights_folder(place: str, revision: str | None) -> Path:
+    """Folder of the transformer's weight files, in the pipeline's or in the hub's local cache.
 
     Raises:
-        UserError: when there are none.
+        UserError: when it holds none.
     """
     folder = Path(place) / "transformer"
     if not folder.is_dir():
         from huggingface_hub import snapshot_download
 
         folder = Path(snapshot_download(place, revision=revision, allow_patterns=["transformer/*"])) / "transformer"
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
+    if not any(folder.glob("*.safetensors")):
         raise UserError(f"base_model.pretrained: {folder} holds no .safetensors file; give a diffusers Wan folder")
-    if len(files) == 1:
-        return sha256_file(files[0])
-    return sha256_folder(folder, "*.safetensors")
+    return folder
+
+
+def weights_hash(folder: Path) -> str:
+    """Hash of the weight files in a folder."""
+    files = sorted(folder.glob("*.safetensors"))
+    return sha256_file(files[0]) if len(files) == 1 else sha256_folder(folder, "*.safetensors")
 
 
 if __name__ == "__main__":

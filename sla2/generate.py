@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from sla2.adapter import load_variant
 from sla2.attention import AttentionSettings
 from sla2.device import claim_device
 from sla2.errors import run_main
@@ -29,7 +30,7 @@ from sla2.record import write_provenance
 from sla2.training import each
 from sla2.variant import Variant
 from sla2.video import write_lossless, write_mp4
-from sla2.wan import BaseModel, load_pipeline, load_text_encoder, load_variant
+from sla2.wan import BaseModel, load_pipeline, load_text_encoder
 
 
 def initial_noise(pipeline, base: BaseModel, place: int, seed: int) -> Tensor:

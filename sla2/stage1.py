@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sla2.adapter import save_adapter
 from sla2.attention import AttentionSettings, build
 from sla2.checkpoint import Checkpoint
 from sla2.device import claim_device
@@ -31,7 +32,7 @@ from sla2.record import write_provenance
 from sla2.stage1_report import AlphaFit, layer_report, write_report
 from sla2.training import Log, batches, each, train
 from sla2.variant import Variant
-from sla2.wan import BaseModel, installed, load_transformer, save_adapter
+from sla2.wan import BaseModel, installed, load_transformer
 
 Look = Callable[[int, Tensor, Tensor, Tensor, Tensor], None]  # layer, and its q, k, v, o (B, H, N, D)
 FIT_CLIPS = 12  # training clips that alpha is fitted on in closed form: few numbers, many rows

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from sla2.adapter import fingerprint, load_adapter, save_adapter
 from sla2.attention import AttentionSettings
 from sla2.checkpoint import Checkpoint
 from sla2.errors import run_main
@@ -24,7 +25,7 @@ from sla2.record import write_provenance
 from sla2.team import Team, join
 from sla2.training import Log, batches, train
 from sla2.variant import Variant
-from sla2.wan import BaseModel, install, load_adapter, load_transformer, save_adapter, stock
+from sla2.wan import BaseModel, install, load_transformer, stock
 
 
 def choose_trainable(transformer: nn.Module, trainable: str) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
@@ -139,7 +140,7 @@ def main() -> None:
         log.write(args.output / "log.csv")
         write_provenance(args.output / "adapter.safetensors", settings, base_sha256=base.weights_sha256)
         added = {name: tensor for name, tensor in state.items() if ".processor." in name}
-        save_adapter(args.output, added, variant, attention, base)
+        save_adapter(args.output, added, variant, attention, base, made_for=fingerprint(state.items()))
         checkpoint.remove()
     team.wait()
     team.leave()

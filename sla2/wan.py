@@ -1,27 +1,23 @@
-"""Wan2.1 in diffusers: our attention in its self-attention layers, adapters, and loading.
+"""Wan2.1 in diffusers: our attention in its self-attention layers, and loading.
 
 Only `attn1` is replaced, never cross-attention. A processor is a module, one instance per block, set on a plain
 `WanTransformer3DModel`, so checkpointing, `torch.compile` and LoRA work as before. What a variant adds (router, alpha,
-projection) is saved as `adapter.safetensors` with `adapter.json` beside an ordinary diffusers folder.
+projection) is saved as an adapter (`sla2.adapter`) beside an ordinary diffusers folder.
 """
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sla2.attention import AttentionSettings, build
 from sla2.errors import UserError
-from sla2.files import atomic_path, read_json, write_json
+from sla2.files import read_json
 from sla2.variant import Variant
-
-ADAPTER_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -33,6 +29,7 @@ class BaseModel:
         weights_sha256: hash of the transformer's weight files.
         tokens: N of the study's videos; grid: (frames, rows, columns) of tokens.
         latents: folder with the cached latents and text embeddings.
+        fingerprint: of the transformer's weights in memory, see `sla2.adapter.fingerprint`.
     """
 
     pipeline: str
@@ -51,6 +48,7 @@ class BaseModel:
     text_length: int
     flow_shift: float
     latents: str
+    fingerprint: str = ""
 
     @classmethod
     def read(cls, path: str | Path) -> "BaseModel":
@@ -61,10 +59,10 @@ class BaseModel:
         """
         path = Path(path)
         values = read_json(path)
-        missing = [field.name for field in fields(cls) if field.name not in values]
+        missing = [field.name for field in fields(cls) if field.default is MISSING and field.name not in values]
         if missing:
             raise UserError(f"{path}: lacks {', '.join(missing)}; run the base_model step again")
-        values = {field.name: values[field.name] for field in fields(cls)}
+        values = {field.name: values[field.name] for field in fields(cls) if field.name in values}
         beside = path.parent / values["pipeline"]
         if beside.is_dir():
             values["pipeline"] = str(beside)
@@ -193,57 +191,6 @@ def capture_qkv(transformer: nn.Module) -> Iterator[list[dict[str, Tensor]]]:
     found.extend(capture.seen for capture in captures)
 
 
-def adapter_state(transformer: nn.Module) -> dict[str, Tensor]:
-    """Parameters that a variant adds, by their name in the model's state dict."""
-    return {name: tensor for name, tensor in transformer.state_dict().items() if ".processor." in name}
-
-
-def save_adapter(
-    folder: str | Path, state: dict[str, Tensor], variant: Variant, settings: AttentionSettings, base: BaseModel
-) -> None:
-    """Write `adapter.safetensors` and `adapter.json` (version, row, attention settings, hash of the base model)."""
-    folder = Path(folder)
-    description = {
-        "version": ADAPTER_VERSION,
-        "variant": variant.row(),
-        "attention": asdict(settings),
-        "base_sha256": base.weights_sha256,
-        "tokens": base.tokens,
-    }
-    with atomic_path(folder / "adapter.safetensors") as temporary:
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-        save_file(tensors, temporary, metadata={"sla2": json.dumps(description)})
-    write_json(folder / "adapter.json", description)
-
-
-def load_adapter(folder: str | Path, transformer: nn.Module, base: BaseModel) -> None:
-    """Load an adapter into a model whose attention is installed.
-
-    Raises:
-        UserError: for another base model, another version, and missing, unexpected or mis-shaped keys, by name.
-    """
-    folder = Path(folder)
-    description = read_json(folder / "adapter.json")
-    if description.get("version") != ADAPTER_VERSION:
-        raise UserError(
-            f"{folder}/adapter.json: version {description.get('version')}, this code reads {ADAPTER_VERSION}"
-        )
-    if description["base_sha256"] != base.weights_sha256:
-        raise UserError(f"{folder}: made for another base model; train it again on {base.pipeline}")
-    state = load_file(folder / "adapter.safetensors")
-    expected = adapter_state(transformer)
-    problems = [f"missing {name}" for name in expected.keys() - state.keys()]
-    problems += [f"unexpected {name}" for name in state.keys() - expected.keys()]
-    problems += [
-        f"{name} is {tuple(state[name].shape)}, the model has {tuple(expected[name].shape)}"
-        for name in expected.keys() & state.keys()
-        if state[name].shape != expected[name].shape
-    ]
-    if problems:
-        raise UserError(f"{folder}/adapter.safetensors: {'; '.join(sorted(problems)[:4])} ({len(problems)} in all)")
-    transformer.load_state_dict(state, strict=False)
-
-
 def load_transformer(
     base: BaseModel, trained: str | Path | None = None, dtype: torch.dtype = torch.float32
 ) -> nn.Module:
@@ -308,18 +255,3 @@ def _loaded(load, place: str, **options: object):
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"base_model.pretrained: {place}: not a diffusers Wan folder or hub id ({reason})") from error
-
-
-def load_variant(
-    base: BaseModel,
-    variant: Variant,
-    settings: AttentionSettings,
-    trained: str | Path | None,
-    dtype: torch.dtype = torch.float32,
-) -> nn.Module:
-    """The transformer of a row: weights of `trained` (else the base's), attention installed, adapter loaded, eval mode."""
-    transformer = load_transformer(base, trained, dtype)
-    install(transformer, variant, settings, base.tokens)
-    if trained is not None and variant.attention != "full":
-        load_adapter(trained, transformer, base)
-    return transformer.eval()

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from sla2 import stage2
+from sla2.adapter import fingerprint_files
 from sla2.latents import packed
 from sla2.random_wan import random_transformer
 
@@ -49,7 +50,7 @@ def make_base(folder: Path) -> Path:
     base = {
         "pipeline": "pipeline", "revision": None, "weights_sha256": "a", "parameters": 1, "tokens": 32, "grid": GRID,
         "layers": 2, "heads": 2, "head_dim": 32, "frames": 5, "height": 64, "width": 64, "fps": 8, "text_length": 8,
-        "flow_shift": 3.0, "latents": "latents",
+        "flow_shift": 3.0, "latents": "latents", "fingerprint": fingerprint_files(folder / "pipeline/transformer"),
     }  # fmt: skip
     (folder / "base_model.json").write_text(json.dumps(base))
     return folder / "base_model.json"

@@ -11,11 +11,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from sla2.adapter import load_adapter
 from sla2.attention import AttentionSettings, SparseLinearAttention
 from sla2.flow import generator, noisy, predict
 from sla2.latents import Latents
 from sla2.variant import Variant
-from sla2.wan import BaseModel, capture_qkv, install, load_adapter, self_attentions
+from sla2.wan import BaseModel, capture_qkv, install, self_attentions
 from sla2_eval.flops import realised_sparsity
 from sla2_eval.metrics.attention import attention_error
 from sla2_kernels import reference
