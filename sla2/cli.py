@@ -18,6 +18,7 @@ STEPS = {
     "generate": "sla2.generate",
     "score": "sla2_eval.score",
     "judge": "sla2_eval.judge",
+    "validity": "sla2_eval.validity",
     "latency": "sla2_eval.latency",
     "tables": "sla2_eval.tables",
     "report": "sla2_eval.report",

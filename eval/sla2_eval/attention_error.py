@@ -83,12 +83,30 @@ def captures(transformer: nn.Module, base: BaseModel, settings: dict) -> Iterato
 def layer_errors(module: SparseLinearAttention, q: Tensor, k: Tensor, v: Tensor, o: Tensor) -> dict[str, float]:
     """Errors of one layer.
 
-    Cards of what is not in `metrics.attention`:
-        attention.kept_mass: dense softmax mass in the kept blocks, mean over rows of query blocks and heads; [0, 1], up.
-        attention.alpha_error: mean |alpha - kept mass| per head and query block (the oracle alpha is P_1 1, paper section 2.2);
-            [0, 1], down; only where the mixing has an alpha.
-        attention.alpha_mean: mean alpha; neither direction.
-        sparsity.realised: share of query-key pairs that the sparse branch skips, ragged blocks counted by their true length.
+    Card: `attention.kept_mass`, exact.
+
+    Definition: how much of dense attention's weight lies in the blocks that the sparse branch keeps.
+    Formula: mean over query blocks and heads of the softmax mass of their rows in kept blocks.
+    Range: [0, 1]; 1 when nothing is skipped. Direction: higher is better.
+    Source: the oracle alpha, P_1 1, of the paper's section 2.2; computed from dense scores.
+    Blind spots: mass is not value: a block of little mass can hold what matters.
+
+    Card: `attention.alpha_error`, `attention.alpha_mean`, exact.
+
+    Definition: how far the learnt alpha is from the kept mass, which is what it would be if both branches were exact; and its mean.
+    Formula: alpha_error = mean |alpha - kept mass| per head and query block; alpha_mean = mean alpha.
+    Range: [0, 1]. Direction: alpha_error lower, alpha_mean none.
+    Source: the paper's section 2.2.
+    UndefinedError: a mixing without an alpha.
+    Blind spots: where the linear branch is poor, the best alpha is not the kept mass.
+
+    Card: `sparsity.realised`, exact.
+
+    Definition: share of query-key pairs that the sparse branch skips, ragged blocks counted by their true length.
+    Formula: 1 - kept pairs / N^2.
+    Range: [0, 1). Direction: none.
+    Source: the mask that the operator used.
+    Blind spots: says nothing about which pairs.
 
     Args:
         q, k, v, o: (B, H, N, D), o being the dense output.

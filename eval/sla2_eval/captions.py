@@ -15,5 +15,8 @@ CAPTIONS = {
     "error is the attention's own and not the drift of layers before it.",
     "training_curves": "What training did. Held-out curves use clips that no training saw; a hard error is that of the operator as "
     "inference runs it, not of its soft relaxation.",
+    "what_metrics_see": "Each metric's mean change under known damage, paired clip by clip. A dot: the change is within three standard "
+    "errors, so the metric does not see it. A dash: the metric is undefined there. Red: it calls the damage worse, or falls where it has no "
+    "direction; blue: it calls the damage better, which a reader must know before trusting a gain.",
     "contact_sheet": "Frames over time. Rows share prompt, seed and initial noise; frames come from the lossless files.",
 }

@@ -130,7 +130,18 @@ def _command(entry: object, where: str) -> Command:
 
 
 class Judge:
-    """A running `Command`: one JSON line `{"video", "prompt"}` in, one JSON line `{"score"}` or `{"error"}` out, in order."""
+    """Card: `vision_reward`, external.
+
+    Definition: weighted answers of a language model to 29 questions about the video, as a program of the user's gives them.
+    Formula: mean_i(w_i a_i), a_i = 1 for yes and else -1, w_i the published weights.
+    Range: [-0.21645, 0.21645]. Direction: higher is better.
+    Source: THUDM/VisionReward-Video; the contract is one JSON line `{"video", "prompt"}` in and one JSON line `{"score"}` or `{"error"}` out,
+        in order.
+    Weights: the program's own.
+    UndefinedError: when the program says so, ends, or answers something else.
+    Blind spots: sees one frame a second, 6 of 81 at 16 fps; one flipped answer moves it by up to 0.079; frames and rate depend on the
+        file's frame rate.
+    """
 
     def __init__(self, command: Command) -> None:
         self.process = subprocess.Popen(command.words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)

@@ -14,6 +14,8 @@ from pathlib import Path
 from sla2.errors import UserError, run_main
 from sla2.files import read_json, write_folder
 from sla2_eval.captions import CAPTIONS
+from sla2_eval.cards import add_measured, read_cards
+from sla2_eval.cards import page as cards_page
 from sla2_eval.palette import style
 from sla2_eval.table_set import SUMMARIES, TableSet
 
@@ -58,6 +60,9 @@ def write_page(tables: TableSet, figures: Path, videos: Path, folder: Path) -> N
         number=number,
     )
     (folder / "index.html").write_text(page, encoding="utf-8")
+    cards = read_cards()
+    add_measured(cards, tables.rows("validity"))
+    (folder / "cards.html").write_text(cards_page(cards), encoding="utf-8")
 
 
 def copy(path: Path, folder: Path) -> None:

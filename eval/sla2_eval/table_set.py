@@ -28,6 +28,9 @@ TEXT = {
     "run",
     "phase",
     "split",
+    "domain",
+    "distortion",
+    "sees",
 }
 
 

@@ -1,13 +1,14 @@
 """Step tables: records and training logs become the tables that figures, notebooks and the page read.
 
     python -m sla2_eval.tables --settings JSON --base results/S/base_model/base_model.json --scores results/S/score/*.csv \
-        --latency results/S/latency/latency.csv --training results/S/base_model/log.csv results/S/stage*/... --output results/S/tables
+        --latency results/S/latency/latency.csv --validity results/S/score/validity.csv --training results/S/base_model/log.csv results/S/stage*/... --output results/S/tables
 
     quality.csv fidelity.csv attention.csv efficiency.csv   columns of `sla2_eval.summary`; what `latency` measured is in efficiency
     ablation.csv    one row per variant: the row of the sheet, then of each headline metric its mean, `:low` and `:high` ends of
                     the interval, `:n` prompts, `:verdict` against the reference; `notes` says why a cell is empty
     training.csv    study, stage, run, train_seed, phase, split, metric, step, value; run: a variant, or a group of stage 1
     variants.csv    the sheet of this study
+    validity.csv    what each metric sees of known damage, columns of `sla2_eval.response`
     study.json      what the figures need of the settings, and facts of the base model
     provenance.json what stands beside the records
 """
@@ -21,6 +22,7 @@ from pathlib import Path
 from sla2.errors import UserError, run_main
 from sla2.files import read_json, write_atomic, write_json
 from sla2.record import read_records
+from sla2_eval.response import COLUMNS as VALIDITY_COLUMNS
 from sla2_eval.summary import COLUMNS, summarise
 from sla2_eval.table_set import SUMMARIES
 
@@ -50,6 +52,7 @@ def main() -> None:
     parser.add_argument("--base", type=Path, required=True, help="base_model.json")
     parser.add_argument("--scores", type=Path, nargs="+", required=True, help="records of step score")
     parser.add_argument("--latency", type=Path, required=True, help="records of step latency")
+    parser.add_argument("--validity", type=Path, required=True, help="CSV of step validity")
     parser.add_argument(
         "--training", type=Path, nargs="*", default=[], help="log.csv files of base_model, stage1, stage2"
     )
@@ -68,10 +71,11 @@ def main() -> None:
     write_table(args.output / "training.csv", TRAINING_COLUMNS, training)
     sheet = [{**row, "finetune": "yes" if row["finetune"] else "no"} for row in settings["variants"]]
     write_table(args.output / "variants.csv", SHEET_COLUMNS, sheet)
+    write_atomic(args.output / "validity.csv", validity(args.validity))
     base = read_json(args.base)
     shown = {name: value for name, value in settings.items() if name not in ("variants", "threads", "device")}
     write_json(args.output / "study.json", {**shown, "facts": {name: base.get(name) for name in FACTS}})
-    write_json(args.output / "provenance.json", provenance([*args.scores, args.latency]))
+    write_json(args.output / "provenance.json", provenance([*args.scores, args.latency, args.validity]))
 
 
 def check_metrics(known: set[str], settings: dict) -> None:
@@ -120,6 +124,20 @@ def read_log(path: Path, study: str) -> list[dict]:
         raise UserError(f"{path}: missing; run the step {stage}")
     with path.open(newline="", encoding="utf-8") as file:
         return [{**place, **row} for row in csv.DictReader(file)]
+
+
+def validity(path: Path) -> str:
+    """Text of the table of step validity, as it is.
+
+    Raises:
+        UserError: when it is missing or of another form.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: missing; run the step validity")
+    text = path.read_text(encoding="utf-8")
+    if not text.startswith(",".join(VALIDITY_COLUMNS) + "\n"):
+        raise UserError(f"{path}: has other columns than {', '.join(VALIDITY_COLUMNS)}; run the step validity again")
+    return text
 
 
 def provenance(paths: list[Path]) -> dict:

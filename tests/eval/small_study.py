@@ -1,12 +1,14 @@
 """Records, logs and videos of a small invented study, written as the steps write them, for tests of tables, figures and page."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from sla2.record import Record, write_records
 from sla2.variant import Variant, read_variants
+from sla2_eval.response import add_responses, write_rows
 
 SHEET = Path(__file__).resolve().parents[2] / "config/variants.tsv"
 PROMPTS = {f"p{i:02d}": f"a red circle moves right, take {i}" for i in range(1, 7)}
@@ -44,13 +46,41 @@ def write_study(folder: Path) -> list[str]:
     (folder / "latency/latency.csv.provenance.json").write_text(
         json.dumps({"git": {"commit": "0123abc"}, "utc": "now"})
     )
+    write_rows(folder / "score/validity.csv", list(_responses()))
     logs = list(_logs(folder, rows))
     scores = [str(folder / f"score/{row.variant}.csv") for row in rows]
     base, latency = folder / "base_model/base_model.json", folder / "latency/latency.csv"
     return [
         *("--settings", json.dumps(settings()), "--base", str(base), "--scores", *scores),
-        *("--latency", str(latency), "--training", *logs, "--output", str(folder / "tables")),
+        *(
+            "--latency",
+            str(latency),
+            "--validity",
+            str(folder / "score/validity.csv"),
+            "--training",
+            *logs,
+            "--output",
+            str(folder / "tables"),
+        ),
     ]
+
+
+def _responses() -> Iterator[dict]:
+    """A metric that sees noise and freezing, one that sees nothing, one that is undefined when frozen; nothing was filmed."""
+    rows = []
+    for distortion, strength, unit in (("noise", 5, "levels"), ("noise", 40, "levels"), ("freeze", 1, "share")):
+        place = {"domain": "study", "distortion": distortion, "strength": strength, "unit": unit, "clips": 6}
+        changes = {"temporal_flickering": -0.01 * strength, "guard.blank": 0.0}
+        for metric, change in changes.items():
+            sees = "yes" if change else "no"
+            rows.append(
+                place
+                | {"metric": metric, "clean": 0.9, "mean": 0.9 + change, "change": change, "se": 0.001, "sees": sees}
+            )
+        rows.append(place | {"metric": "proxy.interp_gain", "clips": 0, "reason": "undefined for the damaged clips"})
+    rows.append({"domain": "filmed", "metric": "temporal_flickering", "clips": 0, "reason": "no films are installed"})
+    add_responses(rows)
+    yield from rows
 
 
 def _harm(row: Variant) -> float:

@@ -161,6 +161,7 @@ def test_unknown_metric_is_refused(study, tmp_path, monkeypatch, key):
     settings[key] = ["oracle.colour"] if key == "headline" else {"oracle.colour": 1.0}
     arguments = ["--settings", json.dumps(settings), "--base", str(study / "base_model/base_model.json")]
     arguments += ["--scores", str(study / "score/full.csv"), "--latency", str(study / "latency/latency.csv")]
+    arguments += ["--validity", str(study / "score/validity.csv")]
     monkeypatch.setattr("sys.argv", ["tables", *arguments, "--output", str(tmp_path)])
     with pytest.raises(UserError, match=rf"report.{key}: 'oracle.colour' is in no record; choose from .*oracle.color"):
         tables.main()

@@ -12,6 +12,7 @@ rule tables:
         base=rules.base_model.output.base,
         scores=[f"<results>/score/{name}.csv" for name in ROWS],
         latency=rules.latency.output,
+        validity=rules.validity.output,
         training=[
             rules.base_model.output.log,
             expand(rules.stage1.output.log, group=GROUPS),
@@ -28,7 +29,7 @@ rule tables:
         output=subpath(output[0], parent=True),
     shell:
         "( sla2 tables --settings {params.settings:q} --base {input.base} --scores {input.scores}"
-        " --latency {input.latency} --training {input.training} --output {params.output} ) 2>&1 | tee {log}"
+        " --latency {input.latency} --validity {input.validity} --training {input.training} --output {params.output} ) 2>&1 | tee {log}"
 
 
 rule figure:

@@ -18,6 +18,30 @@ rule judge:
         "( sla2 judge --settings {params.settings:q} --data {params.data} --output {output} )" " 2>&1 | tee {log}"
 
 
+rule validity:
+    """Known damage in known strengths shows what each metric sees, on the study's own kind of clip and on filmed ones."""
+    input:
+        data=rules.data.output.summary,
+        judge=rules.judge.output,
+    output:
+        "<results>/score/validity.csv",
+    log:
+        "<logs>/score/validity.log",
+    conda:
+        "../envs/sla2.yaml"
+    threads: study.config["threads"]
+    resources:
+        gpu=gpus("score"),
+    params:
+        settings=settings(
+            "score.validity", video=VIDEO, naturalness_patch=study.config["score"]["naturalness_patch"]
+        ),
+        data=subpath(input.data, parent=True),
+    shell:
+        "( sla2 validity --settings {params.settings:q} --judge {input.judge} --data {params.data} --output {output} )"
+        " 2>&1 | tee {log}"
+
+
 rule score:
     """Quality, fidelity to the untouched base model's videos of the same noise, and attention error of one variant."""
     input:

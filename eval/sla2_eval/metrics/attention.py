@@ -7,7 +7,8 @@ from torch import Tensor
 def attention_error(output: Tensor, dense: Tensor) -> dict[str, float]:
     """Card: `attention.rel_l1`, `attention.rmse`, `attention.cosine`, exact.
 
-    Definition and formula: rel_l1 = sum|O - O'| / sum|O|; rmse = sqrt(mean((O - O')^2)); cosine of the two flattened tensors.
+    Definition: distance of an approximate output from the dense one on the same Q, K and V.
+    Formula: rel_l1 = sum|O - O'| / sum|O|; rmse = sqrt(mean((O - O')^2)); cosine of the two flattened tensors.
     Range: rel_l1 and rmse [0, inf), cosine [-1, 1]; equal tensors give 0, 0 and 1. Direction: rel_l1 and rmse lower, cosine higher.
     Source: definitions of the SageAttention and SpargeAttention papers; computed in float64.
     Blind spots: every token and head weighs by its magnitude; errors that the next layers would cancel still count. rel_l1 and

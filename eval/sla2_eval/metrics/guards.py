@@ -8,7 +8,8 @@ from sla2_eval.metrics.frames import as_array, as_float
 def guards(video, expected: tuple[int, int, int] | None = None) -> dict[str, float]:
     """Card: `guard.static`, `guard.blank`, `guard.saturated`, `guard.not_finite`, `guard.size`.
 
-    Definition and formula, each 1 when raised and else 0:
+    Definition: marks of a degenerate video.
+    Formula: each is 1 when raised and else 0:
         static: no pixel changes by 1/255 between any two neighbouring frames (a single frame is static).
         blank: in every frame and channel the spatial standard deviation is below 2/255.
         saturated: more than half of all values are 0 or 255.
