@@ -33,9 +33,7 @@ rule validity:
     resources:
         gpu=gpus("score"),
     params:
-        settings=settings(
-            "score.validity", video=VIDEO, naturalness_patch=study.config["score"]["naturalness_patch"]
-        ),
+        settings=settings("score.validity", video=VIDEO, naturalness_patch=study.config["score"]["naturalness_patch"]),
         data=subpath(input.data, parent=True),
     shell:
         "( sla2 validity --settings {params.settings:q} --judge {input.judge} --data {params.data} --output {output} )"
