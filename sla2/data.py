@@ -9,6 +9,7 @@ import argparse
 import csv
 import hashlib
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,10 +85,10 @@ def read_clip(path: Path, video: dict) -> Tensor:
     Raises:
         UserError: when it is unreadable, too short or too small.
     """
-    frames, fps = read_video(path)
+    seconds = video["frames"] / video["fps"]
+    frames, fps = read_video(path, seconds)
     if min(frames.shape[1:3]) < 16:
         raise UserError(f"{path}: is {frames.shape[2]}x{frames.shape[1]} px, too small; remove it")
-    seconds = video["frames"] / video["fps"]
     cut = resample(frames, fps, video["fps"], video["frames"])
     if cut is None:
         raise UserError(
@@ -137,17 +138,28 @@ def from_folder(settings: dict) -> tuple[dict[str, list[dict]], list[str]]:
     if not folder.is_dir():
         raise UserError(f"data.folder: {folder} is no folder; set it to your videos and their captions.csv")
     captions = read_captions(folder)
-    for name in bar(sorted(captions), "data: checking videos"):
+
+    def fault(name: str) -> str | None:
         try:
             if not captions[name]:
                 raise UserError(f"{folder / name}: has no caption; write one or remove the row")
             read_clip(folder / name, settings["video"])
         except UserError as error:
-            if settings["on_error"] == "stop":
-                raise
-            skipped.append(str(error))
-            continue
-        usable.append({"id": name, "caption": captions[name], "scene": None, "path": str(folder / name)})
+            return str(error)
+        return None
+
+    names = sorted(captions)
+    with ThreadPoolExecutor(settings["threads"]) as pool:  # decoding lets go of Python's lock
+        faults = pool.map(fault, names)
+        for name in bar(names, "data: checking videos"):
+            problem = next(faults)
+            if problem is None:
+                usable.append({"id": name, "caption": captions[name], "scene": None, "path": str(folder / name)})
+            elif settings["on_error"] == "stop":
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise UserError(problem)
+            else:
+                skipped.append(problem)
     usable.sort(key=lambda entry: hashlib.sha256(entry["id"].encode()).digest())
     counts = settings["clips"]
     needed = counts["heldout"] + 1

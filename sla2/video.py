@@ -1,5 +1,6 @@
 """Video files through PyAV: H.264 for people, FFV1 for metrics, and reading whatever ffmpeg reads."""
 
+import itertools
 import math
 from fractions import Fraction
 from pathlib import Path
@@ -40,8 +41,8 @@ def _write(path: str | Path, frames: Tensor, fps: float, codec: str, pixels: str
         container.mux(stream.encode())
 
 
-def read_video(path: str | Path) -> tuple[Tensor, float]:
-    """All frames of a file.
+def read_video(path: str | Path, seconds: float = math.inf) -> tuple[Tensor, float]:
+    """Frames of a file, all or those of its first seconds.
 
     Returns:
         uint8 RGB frames (T, H, W, 3) and the frame rate in frames/s.
@@ -53,7 +54,9 @@ def read_video(path: str | Path) -> tuple[Tensor, float]:
         with av.open(str(path)) as container:
             stream = container.streams.video[0]
             fps = float(stream.average_rate or stream.guessed_rate or 0)
-            frames = [torch.from_numpy(frame.to_ndarray(format="rgb24")) for frame in container.decode(stream)]
+            last = math.ceil(seconds * fps) + 1 if seconds * fps < math.inf else None
+            decoded = itertools.islice(container.decode(stream), last)
+            frames = [torch.from_numpy(frame.to_ndarray(format="rgb24")) for frame in decoded]
     except (av.FFmpegError, OSError, IndexError) as error:
         raise UserError(f"{path}: cannot be read as a video ({error}); replace or remove it") from error
     if not frames or fps <= 0:

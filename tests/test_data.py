@@ -18,7 +18,16 @@ VIDEO = {"frames": 9, "height": 64, "width": 64, "fps": 8}
 
 def settings(**changes):
     clips = {"train": 20, "heldout": 5, "judge": 5, "judge_heldout": 5}
-    return {"seed": 0, "folder": None, "on_error": "stop", "clips": clips, "scene": {}, "video": VIDEO, **changes}
+    return {
+        "seed": 0,
+        "threads": 2,
+        "folder": None,
+        "on_error": "stop",
+        "clips": clips,
+        "scene": {},
+        "video": VIDEO,
+        **changes,
+    }
 
 
 def test_splits_are_disjoint():
@@ -42,6 +51,13 @@ def test_lossless_video_is_exact_and_h264_is_close(tmp_path):
     close, fps = read_video(tmp_path / "a.mp4")
     assert fps == 8
     assert 0 < (close.float() - frames.float()).abs().mean() < 6
+
+
+def test_reading_stops_after_the_seconds_that_are_wanted(tmp_path):
+    frames = clip(17, 48, 64)
+    write_lossless(tmp_path / "a.mkv", frames, 8)
+    found, _ = read_video(tmp_path / "a.mkv", seconds=1.0)
+    assert torch.equal(found, frames[:9])
 
 
 def test_resample_takes_the_nearest_frame_or_none():
