@@ -1,7 +1,7 @@
 """Step stage2: the whole model and alpha are fine-tuned end to end, router frozen, hard choice, QAT where the row says so.
 
-The low-bit forward in training is what inference runs; its backward is full precision. Weights stay fp32; on a GPU the forward
-runs under bf16 autocast.
+The low-bit forward in training is what inference runs; its backward is full precision. Weights, gradients, AdamW's state and the
+average are fp32; on a GPU the forward and backward compute in bf16 by autocast, router, alpha and softmax in fp32.
 
     python -m sla2.stage2 --settings JSON --base .../base_model.json [--adapter .../stage1/GROUP] --output .../stage2/VARIANT/seed0
 """
@@ -95,7 +95,7 @@ def main() -> None:
     teacher = None
     if settings["loss"] == "distill":
         teacher = team.place(load_transformer(base).eval().requires_grad_(False))
-    log = Log()
+    log = Log(args.output / "tensorboard" if settings["tensorboard"] and team.first else None)
 
     def loss(step: int) -> Iterator[Tensor]:
         latents, text = stream(step)
@@ -109,8 +109,8 @@ def main() -> None:
         log.add(step, "stage2", "heldout", "loss", value)
         return value
 
-    # How the work is shared is left out: the result is the same but for the order of sums.
-    computed = {key: value for key, value in settings.items() if key not in ("parallel", "threads")}
+    # How the work is shared and shown is left out: the result is the same but for the order of sums.
+    computed = {key: value for key, value in settings.items() if key not in ("parallel", "threads", "tensorboard")}
     identity = {"settings": computed, "base": base.weights_sha256, "adapter": str(args.adapter)}
     checkpoint = Checkpoint(args.output / ".checkpoint", "stage2", identity, settings["checkpoint_every"], team)
     train(

@@ -27,14 +27,35 @@ class Log(list):
     """Rows of `log.csv`, and of `timing.csv` beside it: what a run computed, and what each step of it took.
 
     They are apart because the one is equal for equal runs and the other never is.
+
+    Args:
+        tensorboard: folder for TensorBoard's event files, which are written as rows are added; none without it.
+
+    Raises:
+        UserError: when TensorBoard is wanted and not installed.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, tensorboard: str | Path | None = None) -> None:
         super().__init__()
         self.timing: list[list] = []
+        self.writer = None
+        if tensorboard is not None:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise UserError(
+                    "tensorboard: true: the package is absent; `pip install tensorboard`, or false"
+                ) from None
+            self.writer = SummaryWriter(str(tensorboard))
+
+    def _show(self, name: str, value: float, step: int) -> None:
+        if self.writer:
+            self.writer.add_scalar(name, value, step)
+            self.writer.flush()
 
     def add(self, step: int, phase: str, split: str, metric: str, value: float) -> None:
         self.append([step, phase, split, metric, float(f"{value:.6g}")])
+        self._show(f"{phase}/{split}/{metric}", value, step)
 
     def time(self, step: int, phase: str, seconds: float, data_seconds: float, gpu_peak_gib: float | None) -> None:
         """Add what a step took.
@@ -46,6 +67,7 @@ class Log(list):
         """
         peak = "" if gpu_peak_gib is None else round(gpu_peak_gib, 3)
         self.timing.append([step, phase, round(seconds, 4), round(data_seconds, 4), peak])
+        self._show(f"{phase}/seconds", seconds, step)
 
     def write(self, path: str | Path) -> None:
         """Write `log.csv` at that path, and `timing.csv` beside it."""

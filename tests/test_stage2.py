@@ -1,16 +1,22 @@
 """Stage 2: several processes train as one does, a resumed run as an uninterrupted one, and settings do what they say."""
 
 import csv
+import sys
+import types
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_run import fine_tune, make_base
+from training_run import ROW, fine_tune, make_base
 
 from sla2 import checkpoint, training
+from sla2.attention import AttentionSettings
 from sla2.errors import UserError
 from sla2.flow import noise_levels
+from sla2.random_wan import random_transformer
 from sla2.team import Team
+from sla2.variant import Variant
+from sla2.wan import install
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +141,61 @@ def test_distillation_of_the_dense_model_itself_is_nearly_free_of_loss(base, alo
     """Random weights attend nearly evenly, so the dense velocity is almost the sparse one, and far from the data's."""
     fine_tune(base, tmp_path, loss="distill", steps=1, checkpoint_every=9)
     assert read_log(tmp_path)[1][2] < 0.05 * read_log(alone)[1][2]
+
+
+def wan_with(quantization):
+    variant = Variant.from_row(ROW | {"quantization": quantization})
+    torch.manual_seed(0)
+    transformer = random_transformer("tiny", torch.device("cpu"))
+    install(transformer, variant, AttentionSettings(block_q=8, block_k=4), 32)
+    transformer.enable_gradient_checkpointing()
+    return transformer
+
+
+def velocity(transformer, training):
+    draw = torch.Generator().manual_seed(1)
+    x, text = torch.randn(1, 16, 2, 8, 8, generator=draw), torch.randn(1, 8, 16, generator=draw)
+    with torch.set_grad_enabled(training):
+        return transformer.train(training)(x, torch.tensor([700.0]), text, return_dict=False)[0].detach()
+
+
+def test_quantisation_aware_training_runs_what_inference_runs_bit_for_bit():
+    """In the whole model, with activations formed again in the backward; post-training quantisation meets it at inference only."""
+    exact, aware, post = (wan_with(word) for word in ("none", "qat-int8", "ptq-int8"))
+    assert torch.equal(velocity(aware, training=True), velocity(aware, training=False))
+    assert not torch.equal(velocity(aware, training=True), velocity(exact, training=True))
+    assert torch.equal(velocity(post, training=True), velocity(exact, training=True))
+    assert torch.equal(velocity(post, training=False), velocity(aware, training=False))
+
+
+def test_a_kernel_that_is_missing_stops_training(base, tmp_path):
+    """No other precision, and no other backend, in its place."""
+    row, attention = ROW | {"quantization": "qat-int8"}, {"block_q": 32, "block_k": 32, "backend": "triton"}
+    with pytest.raises(ValueError, match=r"backend triton serves CUDA tensors, this one is on cpu"):
+        fine_tune(base, tmp_path, variant=row, attention=attention)
+
+
+def test_tensorboard_gets_every_row_of_the_log_or_names_the_package(tmp_path, monkeypatch):
+    class Writer(list):
+        def __init__(self, folder):
+            self.append(folder)
+
+        def add_scalar(self, *scalar):
+            self.append(scalar)
+
+        def flush(self):
+            pass
+
+    module = types.ModuleType("torch.utils.tensorboard")
+    module.SummaryWriter = Writer
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    log = training.Log(tmp_path)
+    log.add(3, "stage2", "heldout", "loss", 0.5)
+    log.time(3, "stage2", 1.5, 0.1, None)
+    assert log.writer == [str(tmp_path), ("stage2/heldout/loss", 0.5, 3), ("stage2/seconds", 1.5, 3)]
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(UserError, match="tensorboard: true: the package is absent; `pip install tensorboard`"):
+        training.Log(tmp_path)
 
 
 def test_a_batch_that_cannot_be_shared_is_refused():
