@@ -13,12 +13,14 @@ from pathlib import Path
 
 from sla2.errors import UserError, run_main
 from sla2.files import read_json, write_folder
+from sla2_eval import paper
 from sla2_eval.captions import CAPTIONS
 from sla2_eval.cards import add_measured, read_cards
 from sla2_eval.cards import page as cards_page
 from sla2_eval.palette import style
 from sla2_eval.table_set import SUMMARIES, TableSet
 
+PAPER_MARKS = {paper.REPRODUCED: "✓", paper.DIFFERS: "≠", paper.CANNOT: "–"}
 MARKS = {"resolved": "●", "equivalent": "◐", "reference": "ref", "": ""}
 
 
@@ -27,13 +29,26 @@ def main() -> None:
     parser.add_argument("--tables", type=Path, required=True, help="tables folder of a study")
     parser.add_argument("--figures", type=Path, required=True, help="folder with the .svg files")
     parser.add_argument("--videos", type=Path, required=True, help="results/S/generate")
+    parser.add_argument("--reference", type=Path, nargs="*", default=[], help="summary.csv files with measured speeds")
     parser.add_argument("--output", type=Path, required=True, help="folder; replaced")
     args = parser.parse_args()
     tables = TableSet(args.tables)
-    write_folder(args.output, lambda folder: write_page(tables, args.figures, args.videos, folder))
+    cells = paper.compare(paper.read_numbers(), paper.read_measured(args.reference), official(tables))
+    write_folder(args.output, lambda folder: write_page(tables, args.figures, args.videos, cells, folder))
 
 
-def write_page(tables: TableSet, figures: Path, videos: Path, folder: Path) -> None:
+def official(tables: TableSet) -> dict:
+    """What a study measured of the metrics that the paper reports, for `sla2_eval.paper`."""
+    rows = [row for row in tables.rows("quality") if row["metric"].startswith(("vbench.", "vision_reward"))]
+    values = {
+        (row["variant"], row["metric"]): (row["mean"], row["ci_low"], row["ci_high"])
+        for row in rows
+        if row["mean"] is not None
+    }
+    return {"name": tables.study["study"], "values": values}
+
+
+def write_page(tables: TableSet, figures: Path, videos: Path, cells: list[paper.Cell], folder: Path) -> None:
     """Fill `folder` with the page and everything that it shows."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -41,6 +56,7 @@ def write_page(tables: TableSet, figures: Path, videos: Path, folder: Path) -> N
         copy(figures / f"{name}.svg", folder / "figures")
     for path in sorted(tables.folder.glob("*.csv")):
         copy(path, folder / "tables")
+    paper.write_cells(folder / "tables/paper.csv", cells)
     environment = Environment(
         loader=PackageLoader("sla2_eval", "page"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
@@ -53,7 +69,9 @@ def write_page(tables: TableSet, figures: Path, videos: Path, folder: Path) -> N
         verdicts=verdicts(tables),
         limits=limits(tables),
         captions=CAPTIONS,
-        csv_files=sorted(path.name for path in tables.folder.glob("*.csv")),
+        csv_files=sorted(path.name for path in (folder / "tables").glob("*.csv")),
+        paper=paper_tables(cells),
+        paper_marks=PAPER_MARKS,
         players=copy_videos(tables, videos, folder / "videos"),
         provenance=read_json(tables.folder / "provenance.json"),
         style=style,
@@ -63,6 +81,16 @@ def write_page(tables: TableSet, figures: Path, videos: Path, folder: Path) -> N
     cards = read_cards()
     add_measured(cards, tables.rows("validity"))
     (folder / "cards.html").write_text(cards_page(cards), encoding="utf-8")
+
+
+def paper_tables(cells: list[paper.Cell]) -> dict[tuple, dict]:
+    """Cells by table and model, then by method and sparsity, then by quantity."""
+    found: dict[tuple, dict] = {}
+    for cell in cells:
+        one = cell.number
+        rows = found.setdefault((one.table, one.model), {})
+        rows.setdefault((one.method, one.sparsity), {})[one.quantity] = cell
+    return found
 
 
 def copy(path: Path, folder: Path) -> None:

@@ -16,7 +16,13 @@ rule latency:
     resources:
         gpu=gpus("latency"),
     params:
-        settings=settings("latency", attention=ATTENTION, variants=list(ROWS.values())),
+        settings=settings(
+            "latency",
+            attention=ATTENTION,
+            variants=list(ROWS.values()),
+            steps=study.config["generate"]["steps"],
+            guidance=study.config["generate"]["guidance"],
+        ),
     shell:
         "( sla2 latency --settings {params.settings:q} --base {input.base} --variants {input.sheet} --output {output} )"
         " 2>&1 | tee {log}"

@@ -110,6 +110,8 @@ rule report:
         tables=TABLES,
         figures=FIGURES,
         videos=[manifests(name) for name in ROWS],
+        # Speeds that a GPU machine measured; the paper's are compared with them.
+        reference=sorted(map(str, Path("results/reference").glob("*/summary.csv"))),
     output:
         report(
             directory("<results>/report"),
@@ -125,6 +127,8 @@ rule report:
         tables=subpath(input[0], parent=True),
         figures=lambda w, input: Path(input.figures[0]).parent,
         videos=lambda w, input: Path(input.videos[0]).parents[2],
+        reference=lambda w, input: f"--reference {' '.join(input.reference)}" if input.reference else "",
     shell:
         "( sla2 report --tables {params.tables} --figures {params.figures} --videos {params.videos}"
+        " {params.reference}"
         " --output {output} ) 2>&1 | tee {log}"
