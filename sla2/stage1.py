@@ -35,7 +35,6 @@ from sla2.variant import Variant
 from sla2.wan import BaseModel, installed, load_transformer
 
 Look = Callable[[int, Tensor, Tensor, Tensor, Tensor], None]  # layer, and its q, k, v, o (B, H, N, D)
-FIT_CLIPS = 12  # training clips that alpha is fitted on in closed form: few numbers, many rows
 
 
 class Shown(nn.Module):
@@ -133,7 +132,7 @@ class Stage1:
     def fit_alpha(self, controls: bool) -> list[AlphaFit]:
         """Least-squares alpha of each layer on a few training clips, whose noise levels lie as those of training."""
         fits = [AlphaFit(layer, controls) for layer in self.layers]
-        clips = list(range(min(FIT_CLIPS, len(self.data))))
+        clips = list(range(min(self.settings["fit_clips"], len(self.data))))
         for part in each(clips, self.settings["batch"]):
             sigma = shifted((torch.tensor(part) + 0.5) / len(clips), self.base.flow_shift)
             self.dense(
@@ -169,11 +168,13 @@ def main() -> None:
     parser.add_argument("--base", type=Path, required=True, help="base_model.json")
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
-    settings, base = args.settings, BaseModel.read(args.base)
-    device = claim_device(settings)
-    run, log = Stage1(settings, base, device), Log()
+    fit(args.settings, BaseModel.read(args.base), args.output, claim_device(args.settings))
+
+
+def fit(settings: dict, base: BaseModel, output: Path, device: torch.device) -> None:
+    """Train, keep the best, and write adapter, report, log and provenance into `output`."""
+    run, log, name = Stage1(settings, base, device), Log(), settings["variant"]["variant"]
     run.start_alpha()
-    name = settings["variant"]["variant"]
 
     def validate(step: int) -> float:
         error = run.hard_error()
@@ -196,7 +197,7 @@ def main() -> None:
     if groups:
         optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
         identity = {"settings": settings, "base": base.weights_sha256}
-        checkpoint = Checkpoint(args.output / ".checkpoint", "stage1", identity, settings["checkpoint_every"])
+        checkpoint = Checkpoint(output / ".checkpoint", "stage1", identity, settings["checkpoint_every"])
         train(
             "stage1",
             f"stage1 {name}",
@@ -216,16 +217,16 @@ def main() -> None:
     else:
         validate(0)
         say(f"stage1 {name}: nothing to train; its hard error is measured")
-    write_report(args.output / "report.csv", run.report())
-    log.write(args.output / "log.csv")
+    write_report(output / "report.csv", run.report())
+    log.write(output / "log.csv")
     say(summary(name, log))
     state = {
         f"blocks.{index}.attn1.processor.attention.{key}": tensor
         for index, layer in enumerate(run.layers)
         for key, tensor in layer.state_dict().items()
     }
-    write_provenance(args.output / "adapter.safetensors", settings, base_sha256=base.weights_sha256)
-    save_adapter(args.output, state, run.variant, run.attention, base)
+    write_provenance(output / "adapter.safetensors", settings, base_sha256=base.weights_sha256)
+    save_adapter(output, state, run.variant, run.attention, base)
 
 
 def summary(name: str, log: Log) -> str:

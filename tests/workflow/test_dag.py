@@ -81,6 +81,14 @@ def test_change_of_a_row_that_shares_stage1(finished):
     assert finished.pending() == own | {"latency/latency.csv"} | TABLES | AFTER_TABLES
 
 
+def test_rows_that_agree_in_router_mixing_and_sparsity_share_one_stage1(finished):
+    """Five trainings start from one stage-1 run, three of them of rows that differ in the quantiser only."""
+    remade = "results/tiny/stage1/learned-alpha-97/adapter.safetensors"
+    runs = [("sla2-97", 0), ("sla2-97", 1), ("sla2-97-noquant", 0), ("sla2-97-ptq", 0), ("sla2-97-fp8", 0)]
+    pending = finished.pending("all_stage2", "--forcerun", remade)
+    assert pending == stage1("learned-alpha-97").union(*(stage2(*run) for run in runs))
+
+
 def test_new_row(finished):
     finished.edit("config/variants.tsv", SUM, f"{SUM}\nmine\tsla2\tmean_pool\talpha\tnone\t0.97\tno")
     assert finished.pending() == videos("mine") | score("mine") | {"latency/latency.csv"} | TABLES | AFTER_TABLES
