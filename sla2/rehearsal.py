@@ -49,7 +49,7 @@ def rehearsed(study: Study, work: Path, row: str) -> dict:
         "prompts": str(work / "prompts.tsv"),
         "data": {"folder": str(work / "videos"), "clips": CLIPS},
         "base_model": {"pretrained": str(work / "random-wan"), "revision": None},
-        "stage1": {"steps": 6, "validate_every": 6},
+        "stage1": {"steps": 6, "validate_every": 6, "fit_clips": 2, "heldout_clips": 1},
         "stage2": {
             "steps": 4,
             "batch": 2,

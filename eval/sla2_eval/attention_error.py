@@ -19,7 +19,7 @@ from sla2.variant import Variant
 from sla2.wan import BaseModel, capture_qkv, install, self_attentions
 from sla2_eval.flops import realised_sparsity
 from sla2_eval.metrics.attention import attention_error
-from sla2_kernels import reference
+from sla2_kernels.blockwise import block_mass
 
 NOISE_STREAM = 6  # of `sla2.flow.generator`; streams below it belong to training
 
@@ -113,7 +113,7 @@ def layer_errors(module: SparseLinearAttention, q: Tensor, k: Tensor, v: Tensor,
     """
     block_q, block_k = module.settings.block_q, module.settings.block_k
     mask = module.route(q, k)
-    kept = (reference.block_mass(q, k, block_q, block_k) * mask).sum(-1)  # (B, H, T_m)
+    kept = (block_mass(q, k, block_q, block_k) * mask).sum(-1)  # (B, H, T_m)
     found = attention_error(module(q, k, v), o)
     found["attention.kept_mass"] = float(kept.mean())
     if hasattr(module.mixing, "alpha"):

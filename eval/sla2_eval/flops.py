@@ -5,7 +5,7 @@ One multiply and one add are two FLOPs; elementwise functions (exp, feature map,
 
     dense    4 N^2 d               Q K^T and P V
     router   4 N d                 smoothing K, pooling Q and K; nothing for `random`
-             2 (T_m + T_n) d^2     projections, `learned` only
+             2 (T_m + T_n) d^2     projections, of routers that learn
              2 T_m T_n d           scores of the pooled rows
     sparse   4 d sum_ij M_ij |i| |j|   |i|, |j| true block lengths, so a ragged last block counts right
     linear   2 N d^2 + N d         h_j and z_j of every key block
@@ -21,6 +21,8 @@ from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
+
+from sla2.variant import LEARNED_ROUTERS
 
 
 @dataclass(frozen=True)
@@ -113,10 +115,10 @@ def _lengths(tokens: int, block: int) -> list[int]:
 
 
 def _router(router: str, tokens: int, head_dim: int, t_m: int, t_n: int) -> int:
-    """K's mean and smoothing (2 N d), pooling of Q and K (2 N d), projections (learned only), scores of the pooled rows."""
+    """K's mean and smoothing (2 N d), pooling of Q and K (2 N d), projections (of routers that learn), scores of the pooled rows."""
     if router in ("none", "random"):
         return 0
-    projections = 2 * (t_m + t_n) * head_dim * head_dim if router == "learned" else 0
+    projections = 2 * (t_m + t_n) * head_dim * head_dim if router in LEARNED_ROUTERS else 0
     return 4 * tokens * head_dim + projections + 2 * t_m * t_n * head_dim
 
 

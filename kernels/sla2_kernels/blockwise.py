@@ -11,6 +11,7 @@ that any query block keeps.
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sla2_kernels import reference
@@ -59,8 +60,15 @@ def sparse_attention_backward(
 
 def block_mass(q: Tensor, k: Tensor, block_q: int, block_k: int) -> Tensor:
     """As `reference.block_mass`, a few query blocks at a time; q may be whole query blocks of a longer sequence."""
-    rows = block_q * max(1, MASS_SCORES // (q.shape[0] * q.shape[1] * k.shape[2] * block_q))
-    return torch.cat([reference.block_mass(part, k, block_q, block_k) for part in q.split(rows, dim=2)], dim=2)
+    B, H, N, D = k.shape
+    rows = block_q * max(1, MASS_SCORES // (B * H * N * block_q))
+    q, keys = _wide(q) * D**-0.5, _wide(k).mT
+    ragged = reference.num_blocks(N, block_k) * block_k - N
+    parts = []
+    for part in q.split(rows, dim=2):
+        mass = F.pad((part @ keys).softmax(-1), (0, ragged)).unflatten(-1, (-1, block_k)).sum(-1)  # (B, H, rows, T_n)
+        parts.append(reference.pool_blocks(mass, block_q))
+    return torch.cat(parts, dim=2)
 
 
 def _gathered(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, block_q: int, block_k: int):
