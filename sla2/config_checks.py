@@ -139,6 +139,8 @@ def _training(study: Study) -> Failures:
             "stage2.micro_batch",
             f"{stage2['micro_batch']} does not divide the {share} clips of a GPU; choose a divisor",
         )
+    if stage2["compile"] and stage2["parallel"] == "fsdp":
+        yield "stage2.compile", "true, but blocks that are split are not compiled; set false, or parallel: ddp"
     seeds, least = stage2["headline"]["seeds"], stage2["seeds"]
     if stage2["headline"]["rows"] and seeds < least:
         yield "stage2.headline.seeds", f"{seeds} is fewer than stage2.seeds {least}; give at least {least}"

@@ -1,7 +1,8 @@
 """Rehearse a study at its real size where neither weights nor videos are at hand: does it fit, and how long will it take?
 
 Makes random weights and a few procedural videos, then runs the workflow's own commands on them for a few steps each: data,
-base_model, stage1, stage2, generate. Then it times a training step and, at the larger size, one forward (`sla2.training_cost`).
+base_model, stage1, stage2, generate. Then it times a training step and, at the larger size, one forward (`sla2.training_cost`);
+asked for with `--parts compiled`, also a training step with compiled blocks.
 What it measures is written as it comes, so a run that is cut short keeps what it has; a part that fails stops no other.
 
     python -m sla2.rehearsal config/wan2.1-1.3b-480p.yaml --size 1.3b --work results/rehearsal --output results/rehearsal/figures
@@ -33,7 +34,7 @@ from sla2.record import write_provenance
 from sla2.study import Study
 from sla2.variant import Variant
 
-PARTS = ("weights", "data", "base_model", "stage1", "stage2", "generate", "training", "forward")
+PARTS = ("weights", "data", "base_model", "stage1", "stage2", "generate", "training", "forward", "compiled")
 ROW = "sla2-97"
 CLIPS = {"train": 4, "heldout": 2, "judge": 0, "judge_heldout": 0}
 
@@ -239,7 +240,7 @@ def run_parts(rehearsal: Rehearsal, study: Study, config_file: Path) -> None:
     def step(name: str, settings: dict, *options: str) -> bool:
         return rehearsal.run(name, ["-m", f"sla2.{name}", "--settings", as_argument(settings), *options])
 
-    def cost(name: str, kind: str, size: str, config: str, rows: list[str], label: str) -> None:
+    def cost(name: str, kind: str, size: str, config: str, rows: list[str], label: str, *more: str) -> None:
         path = rehearsal.output / f"{name}.csv"
         options = [
             "--pass",
@@ -254,7 +255,7 @@ def run_parts(rehearsal: Rehearsal, study: Study, config_file: Path) -> None:
             str(work / path.name),
         ]
         rehearsal.run(name, ["-m", "sla2.training_cost", *options, "--repeats", "3" if kind == "train" else "1",
-                             "--warmup", "2" if kind == "train" else "1"])  # fmt: skip
+                             "--warmup", "2" if kind == "train" else "1", *more])  # fmt: skip
         rehearsal.copy(work / path.name, path.name)
         add_costs(rehearsal, path, label)
 
@@ -297,6 +298,9 @@ def run_parts(rehearsal: Rehearsal, study: Study, config_file: Path) -> None:
         "stage2": fine_tune,
         "generate": generate,
         "training": lambda: cost("training", "train", args.size, str(config_file), args.rows, "train_step"),
+        "compiled": lambda: cost(
+            "compiled", "train", args.size, str(config_file), [args.row], "compiled_train_step", "--compile"
+        ),
         "forward": lambda: cost(
             "forward", "forward", args.forward_size, args.forward_config, [args.row], f"forward_{args.forward_size}"
         ),
@@ -318,7 +322,7 @@ def main() -> None:
         "--work", type=Path, required=True, help="folder for weights, videos and results; about 45 GB for 1.3b"
     )
     parser.add_argument("--output", type=Path, required=True, help="folder for what was measured")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=[part for part in PARTS if part != "compiled"])
     parser.add_argument("--row", default=ROW, help="row of the sheet to train and to generate with")
     parser.add_argument(
         "--rows", nargs="+", default=["sla2-90", "sla2-95", ROW], help="rows whose training step is timed"

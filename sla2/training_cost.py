@@ -30,13 +30,13 @@ from sla2.flow import flow_losses, generator, predict
 from sla2.progress import say
 from sla2.random_wan import SIZES, WAN_TRANSFORMER, random_transformer
 from sla2.record import write_provenance
-from sla2.stage2 import choose_optimizer
+from sla2.stage2 import choose_optimizer, compile_blocks
 from sla2.study import Study
 from sla2.training import GIB, Average, update
 from sla2.variant import FULL
 from sla2.wan import install
 
-COLUMNS = ("pass", "size", "tokens", "row", "batch", "seconds", "fastest", "slowest", "peak_gib", "reason")
+COLUMNS = ("pass", "size", "tokens", "row", "batch", "compiled", "seconds", "fastest", "slowest", "peak_gib", "reason")
 DENSE = {"dense-fa2": SDPBackend.FLASH_ATTENTION, "dense-cudnn": SDPBackend.CUDNN_ATTENTION}
 
 
@@ -47,6 +47,7 @@ def main() -> None:
     parser.add_argument("--config", type=Path, required=True, help="study: its video, attention, stage2 and variants")
     parser.add_argument("--rows", nargs="+", default=["sla2-97"], help="rows of the sheet beside the dense ones")
     parser.add_argument("--warmup", type=int, default=2, help="calls before timing")
+    parser.add_argument("--compile", action="store_true", help="compile the blocks, of dense rows too")
     parser.add_argument("--repeats", type=int, default=3, help="timed calls")
     parser.add_argument("--output", type=Path, required=True, help="CSV file, written row by row")
     args = parser.parse_args()
@@ -72,6 +73,7 @@ def main() -> None:
 def measure(name: str, study: Study, args: argparse.Namespace, device: torch.device) -> dict:
     """One row of the CSV; what cannot be run has a reason in place of numbers."""
     row = {"pass": args.kind, "size": args.size, "tokens": study.geometry.tokens, "row": name, "batch": 1}
+    row["compiled"] = "yes" if args.compile else "no"
     row |= dict.fromkeys(("seconds", "fastest", "slowest", "peak_gib", "reason"), "")
     gc.collect()
     if device.type == "cuda":
@@ -106,10 +108,13 @@ def seconds(call: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - began
 
 
-def model(name: str, study: Study, size: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    transformer = random_transformer(size, device, dtype)
+def model(name: str, study: Study, args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    transformer = random_transformer(args.size, device, dtype)
     row = study.variants[FULL if name in DENSE else name]
     install(transformer, row, AttentionSettings(**study.config["attention"]), study.geometry.tokens)
+    if args.compile:
+        torch.compiler.reset()
+        compile_blocks(transformer)
     return transformer.to(device)
 
 
@@ -127,7 +132,7 @@ def inputs(study: Study, size: str, device: torch.device) -> tuple[Tensor, Tenso
 def training_step(name: str, study: Study, args: argparse.Namespace, device: torch.device) -> Iterator[Callable]:
     """Calls that are a step of stage 2 each."""
     settings = study.section("stage2")
-    transformer = model(name, study, args.size, device, torch.float32).train()
+    transformer = model(name, study, args, device, torch.float32).train()
     transformer.enable_gradient_checkpointing()
     optimizer = choose_optimizer(transformer, settings)
     average = Average(transformer, settings["ema"])
@@ -145,7 +150,7 @@ def training_step(name: str, study: Study, args: argparse.Namespace, device: tor
 def forward(name: str, study: Study, args: argparse.Namespace, device: torch.device) -> Iterator[Callable]:
     """Calls that are one forward at inference each."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    transformer = model(name, study, args.size, device, dtype).eval()
+    transformer = model(name, study, args, device, dtype).eval()
     latents, text = inputs(study, args.size, device)
     sigma = torch.full((1,), 0.7, device=device)
 

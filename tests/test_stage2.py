@@ -127,6 +127,14 @@ def test_best_weights_are_those_with_the_lowest_heldout_loss(base, tmp_path):
     assert all(torch.equal(tensor, trained[name]) for name, tensor in start(base).items())
 
 
+def test_every_block_is_compiled_in_place(base, tmp_path, monkeypatch):
+    """In place: names of parameters stay. Compiled kernels themselves need a GPU (`sla2.training_cost --compile`)."""
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", compiled.append)
+    fine_tune(base, tmp_path, compile=True, steps=1, checkpoint_every=9, validate_every=9)
+    assert [type(block).__name__ for block in compiled] == ["WanTransformerBlock"] * 2
+
+
 @pytest.mark.parametrize(("trainable", "part"), [("adapter", None), ("attention", ".attn1.")])
 def test_only_what_is_trainable_moves(base, tmp_path, trainable, part):
     fine_tune(base, tmp_path, trainable=trainable, ema=0.0)
