@@ -2,7 +2,7 @@
 
     python kernels/bench/figures.py results/reference/kernels-h200
 
-Writes effective_tflops.svg, parts.svg and lengths.svg beside the tables.
+Writes effective_tflops, parts and lengths, as .svg and .png, beside the tables.
 """
 
 import argparse
@@ -12,10 +12,11 @@ from pathlib import Path
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 
-mpl.use("svg")
+mpl.use("agg")
 mpl.rcParams["svg.hashsalt"] = "sla2"  # the same tables give the same file
 COLOURS = {"bf16": "#0072b2", "int8": "#e69f00", "fp8": "#d55e00", "int8-bf16": "#009e73"}
 DENSE = {"fa2": ("FlashAttention2, dense", "#555555", "--"), "cudnn": ("cuDNN, dense", "#999999", ":")}
+PARTS = ("pooling", "routing", "block states", "sum of states", "attention and mixing")
 PEAK_TFLOPS, COPY_TBPS = 709, 4.27  # H200: bf16 matrix product and copy, measured (NOTES.md)
 
 
@@ -58,14 +59,14 @@ def effective(rows: list[dict], output: Path) -> None:
         axis.set(title=shape, xlabel="sparsity (fraction of key blocks skipped)", yscale="log")
         axis.legend(fontsize=7)
     axes[0].set_ylabel("effective TFLOP/s (4 H N² D / time)")
-    save(figure, output / "effective_tflops.svg")
+    save(figure, output / "effective_tflops")
 
 
 def parts(rows: list[dict], output: Path) -> None:
     """Share of each step of the forward at 97%, each timed alone."""
     figure, axis = plt.subplots(figsize=(9, 2.6))
     shapes = ("14B-720p", "1.3B-480p")
-    names = list(dict.fromkeys(r["part"] for r in rows if r["part"] not in ("whole", "sparse")))
+    names = list(dict.fromkeys(r["part"] for r in rows if r["part"] in PARTS))
     left = dict.fromkeys(shapes, 0.0)
     for index, name in enumerate(names):
         times = {r["shape"]: r["ms"] for r in rows if r["part"] == name}
@@ -77,7 +78,7 @@ def parts(rows: list[dict], output: Path) -> None:
             left[s] += width
     axis.set(xlabel="share of the forward at 97% sparsity, bf16 (figures in ms)", xlim=(0, 1))
     axis.legend(ncol=len(names), fontsize=7, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
-    save(figure, output / "parts.svg")
+    save(figure, output / "parts")
 
 
 def lengths(rows: list[dict], output: Path) -> None:
@@ -101,11 +102,12 @@ def lengths(rows: list[dict], output: Path) -> None:
         axis.minorticks_off()
         axis.legend(fontsize=7)
     axes[0].set_ylabel("forward, ms")
-    save(figure, output / "lengths.svg")
+    save(figure, output / "lengths")
 
 
 def save(figure, path: Path) -> None:
-    figure.savefig(path, bbox_inches="tight", metadata={"Date": None})
+    figure.savefig(path.with_suffix(".svg"), bbox_inches="tight", metadata={"Date": None})
+    figure.savefig(path.with_suffix(".png"), bbox_inches="tight", dpi=150, metadata={"Software": None})
     plt.close(figure)
 
 

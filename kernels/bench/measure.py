@@ -24,7 +24,16 @@ import triton
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from triton.testing import do_bench
 
-from sla2_kernels import fused, linear, reference, routing, sla2_attention, sparse_attention
+from sla2_kernels import (
+    fused,
+    linear,
+    linear_attention,
+    reference,
+    routing,
+    sla2_attention,
+    soft_sparse_attention,
+    sparse_attention,
+)
 
 SHAPES = {"1.3B-480p": (12, 32760, 128), "14B-720p": (40, 75600, 128)}  # H, N, D of Wan2.1 at 81 frames
 SPARSITIES = (0.97, 0.95, 0.90, 0.85)
@@ -185,8 +194,23 @@ def measure_shape(table: Table, shape: str, sparsities: tuple[float, ...], backw
         run = both(lambda *x, b=backend: dense(b, *x), [q, k, v], grad)
         table.add(shape, size, 0.0, "forward+backward", "whole", name, "bf16", run)
     for sparsity in sparsities:
-        run = both(lambda q, k, v, a, s=sparsity: ours(q, k, v, a, s), [q, k, v, alpha], grad)
-        table.add(shape, size, sparsity, "forward+backward", "whole", "sla2", "bf16", run)
+        for precision, label in [("none", "bf16")] + ([("fp8", "fp8")] if sparsity == sparsities[0] else []):
+            run = both(lambda q, k, v, a, s=sparsity, p=precision: ours(q, k, v, a, s, p), [q, k, v, alpha], grad)
+            table.add(shape, size, sparsity, "forward+backward", "whole", "sla2", label, run)
+
+
+def measure_soft(table: Table, shape: str, blocks: int) -> None:
+    """Stage 1's soft branches for some query blocks, forward and with the gradients of log M and of the weight."""
+    H, N, D = SHAPES[shape]
+    _, k, v, grad = draw(H, N, D, 4)
+    q, grad = draw(H, 128 * blocks, D, 1)[0], grad[:, :, : 128 * blocks]
+    log_mask = torch.rand(1, H, blocks, reference.num_blocks(N, 64), device="cuda").log_softmax(-1)
+
+    def soft(log_mask):
+        return soft_sparse_attention(q, k, v, log_mask) + linear_attention(q, k, v, 1 - log_mask.exp())
+
+    for passes, run in (("forward", lambda: soft(log_mask)), ("forward+backward", both(soft, [log_mask], grad))):
+        table.add(shape, (H, N, D), 0.0, passes, f"soft, {blocks} query blocks", "sla2", "bf16", run)
 
 
 def measure_sparse_branch(table: Table, shape: str, sparsities: tuple[float, ...]) -> None:
@@ -217,21 +241,21 @@ def measure_parts(table: Table, shape: str, sparsity: float) -> None:
     alpha = torch.rand(H, reference.num_blocks(N, 128), device="cuda")
     eye = torch.eye(D, device="cuda")
     settings = fused.Settings(kept_blocks(N, sparsity), 128, 64, "softmax", True, "none")
-    pooled = routing.pool(k, 64)
+    pooled, pooled_queries = routing.pool((k, 64, False), (q, 128, False))
     mean = routing.key_mean(pooled, N, 64)
-    chosen = routing.route(q, pooled, mean, (eye, eye), settings.kept, 128)
+    chosen = routing.empty_route(H, pooled_queries.shape[1], pooled.shape[1], settings.kept, q.dtype, q.device)
+    routing.route(pooled_queries, pooled, mean, (eye, eye), settings.kept, chosen)
     h, z = linear.block_states(k, v, 64, "softmax", mean)
     state = fused.product(chosen.weight, h.flatten(2)).view(H, -1, D, D)
     total = fused.remaining(z, chosen.tables, pooled.shape[1])
-    o = linear.rows_output(q, state, total, alpha, 128, "softmax")
     parts = {
-        "pool keys": lambda: routing.key_mean(routing.pool(k, 64), N, 64),
-        "route": lambda: routing.route(q, pooled, mean, (eye, eye), settings.kept, 128),
+        "pooling": lambda: routing.key_mean(routing.pool((k, 64, False), (q, 128, False))[0], N, 64),
+        "routing": lambda: routing.route(pooled_queries, pooled, mean, (eye, eye), settings.kept, chosen),
         "block states": lambda: linear.block_states(k, v, 64, "softmax", mean),
         "sum of states": lambda: (
             fused.product(chosen.weight, h.flatten(2)), fused.remaining(z, chosen.tables, pooled.shape[1])),
-        "linear rows": lambda: linear.rows_output(q, state, total, alpha, 128, "softmax"),
-        "sparse and mix": lambda: fused.attend(q, k, v, chosen.tables, o, alpha, mean, settings, False),
+        "attention and mixing": lambda: fused.both_branches(
+            q, k, v, chosen.tables, state, total, alpha, None, settings, False),
     }  # fmt: skip
     for part, call in parts.items():
         table.add(shape, size, sparsity, "forward", part, "sla2", "bf16", call)
@@ -296,8 +320,9 @@ def main(arguments: list[str] | None = None) -> None:
     table = Table(args.output / "measurements.csv")
     steps = [
         lambda: measure_shape(table, "1.3B-480p", SPARSITIES, backward=True),
-        lambda: measure_shape(table, "14B-720p", SPARSITIES, backward=False),
         lambda: measure_sparse_branch(table, "1.3B-480p", SPARSITIES),
+        lambda: measure_shape(table, "14B-720p", SPARSITIES, backward=True),
+        lambda: measure_soft(table, "1.3B-480p", 16),
         lambda: measure_parts(table, "1.3B-480p", 0.97),
         lambda: measure_parts(table, "14B-720p", 0.97),
         lambda: measure_lengths(table, 0.97, 128),

@@ -34,7 +34,7 @@ def low_bit_sparse_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor, block_q: int, block_k: int, precision: str
 ) -> tuple[Tensor, Tensor]:
     """As `reference.low_bit_sparse_attention`."""
-    inputs = reference.quantise_inputs(_wide(q), _wide(k), _wide(v), block_q, block_k, precision)
+    inputs = reference.quantise_inputs(_wide(q), _wide(k), _wide(v), block_k, precision)
     scores, v_kept, _ = _gathered(*inputs, mask, block_q, block_k)
     out, lse = reference.low_bit_softmax(scores, v_kept, precision)
     return _rows(out, q).to(q.dtype), _rows(lse[..., None], q).squeeze(-1)

@@ -2,9 +2,10 @@
 
     O = alpha O_s + (1 - alpha) O_l   (or O_s + O_l without alpha)
 
-The linear branch writes (1 - alpha) O_l first and the sparse branch adds to it as it ends: with phi(Q) H inside the sparse
-kernel its registers spill, and it took 0.82 ms where the two kernels take 0.13 and 0.42 (NOTES.md). Z_i is the sum of all z_j
-less those of the kept blocks; H_i comes from `product`.
+On sm_90 `hopper` computes both branches and the mixture in one kernel. Elsewhere the linear branch writes (1 - alpha) O_l first and
+the sparse branch adds to it as it ends: in plain Triton with phi(Q) H inside the sparse kernel its registers spill, and it took
+0.82 ms where the two kernels take 0.13 and 0.42 (NOTES.md). Z_i is the sum of all z_j less those of the kept blocks; H_i comes
+from `product`.
 
 Saved for the backward: Q, K, V, O_s, L, the mask, H and Z, and the mean of K. Without a gradient nothing but O is written.
 
@@ -18,10 +19,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sla2_kernels import linear, sparse
+from sla2_kernels import hopper, linear, sparse
 from sla2_kernels.launch import config
 from sla2_kernels.lookup import lookup
-from sla2_kernels.low_bit import flat_blocks, low_bit_rows, quantise_keys_values
+from sla2_kernels.low_bit import Operands, empty_operands, flat_blocks, low_bit_rows, quantise_keys_values
 from sla2_kernels.primitives import (
     LOG2E,
     blocks_of,
@@ -33,8 +34,9 @@ from sla2_kernels.primitives import (
     store_tile,
 )
 from sla2_kernels.product import padded, product
-from sla2_kernels.routing import Route, key_mean, over_blocks, pool, route
+from sla2_kernels.routing import Route, empty_route, key_mean, over_blocks, pool, route
 from sla2_kernels.sparse import sparse_rows
+from sla2_kernels.streams import Beside
 
 
 @triton.jit
@@ -113,32 +115,38 @@ class Saved:
     mean: Tensor
 
 
-def low_bit_operands(k: Tensor, v: Tensor, mean: Tensor | None, s: Settings) -> tuple[Tensor, ...]:
-    """K8, V8 and their scales, see `quantise_keys_values`."""
-    largest = None if s.precision == "int8-bf16" else over_blocks(pool(v, s.block_k, largest=True), largest=True)
-    k8, k_scale, v8, v_scale = quantise_keys_values(k, v, mean, largest, s.block_k, s.precision)
-    return k8, v8, k_scale, v_scale
+def low_bit_sparse(
+    q: Tensor, k: Tensor, v: Tensor, tables: tuple[Tensor, Tensor], s: Settings
+) -> tuple[Tensor, Tensor]:
+    """O_s and L of the sparse branch alone; its keys are smooth already."""
+    on_hopper = hopper.serves(q, k, v, s.block_q, s.block_k)
+    low = empty_operands(k, v, s.block_k, s.precision)
+    quantise_keys_values(k, v, None, low, permuted=on_hopper)
+    if on_hopper:
+        o, _, lse = hopper.forward(q, k, v, tables, None, low, save=True)
+        return o, lse
+    return attend(q, k, v, tables, None, None, low, s, save=True)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, tables: tuple[Tensor, Tensor], o: Tensor | None, alpha: Tensor | None,
-           mean: Tensor | None, s: Settings, save: bool) -> tuple[Tensor, Tensor]:  # fmt: skip
+           low: Operands | None, s: Settings, save: bool) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Sparse branch; O_s and L, empty unless `save`.
 
     Args:
         tables: key blocks of each query block.
         o: the linear branch's share, to which alpha O_s, or O_s without alpha, is added in place.
-        mean: (B * H, D), taken from K before it is quantised; None for keys that are smooth already.
+        low: K8 and V8 in place of K and V.
     """
+    mixed = o is not None
     B, H, N, D = q.shape
     blocks, BD = triton.cdiv(N, s.block_k), power_of_two(D)
     o_sparse = torch.empty_like(q) if save else q.new_empty(0)
     lse = torch.empty(B, H, N, dtype=torch.float32, device=q.device) if save else o_sparse
     table, count = tables
-    low, mixed = s.precision != "none", o is not None
     c = config("low_bit_forward" if low else "sparse_forward", q, BD, s.block_q, s.block_k)
     if low:
-        k8, v8, k_scale, v_scale = low_bit_operands(k, v, mean, s)
-        tma, k_in, v_in = flat_blocks(k8, v8)
+        k_scale, v_scale = low.k_scale, low.v_scale
+        tma, k_in, v_in = flat_blocks(low.k8, low.v8)
     else:
         tma, k_in, v_in = blocks_of(c.BN, BD, k, v)
         k_scale = v_scale = count
@@ -148,9 +156,19 @@ def attend(q: Tensor, k: Tensor, v: Tensor, tables: tuple[Tensor, Tensor], o: Te
             q, k_in, v_in, k_scale, v_scale, table, count, count if alpha is None else alpha, out, o_sparse, lse,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], H, N, table.shape[-1], blocks, D**-0.5,
             D=D, BD=BD, BM=c.BM, BN=c.BN, BLOCK_Q=s.block_q, BLOCK_K=s.block_k, MIXED=mixed, WEIGHTED=alpha is not None,
-            SAVE=save, LOW_BIT=low, FP8_PV=s.precision in ("int8", "fp8"), TMA=tma, STAGES=c.num_stages,
+            SAVE=save, LOW_BIT=low is not None, FP8_PV=low is not None and low.low_values, TMA=tma, STAGES=c.num_stages,
             num_warps=c.num_warps, num_stages=c.num_stages)  # fmt: skip
     return o_sparse, lse
+
+
+def both_branches(q: Tensor, k: Tensor, v: Tensor, tables: tuple[Tensor, Tensor], state: Tensor, total: Tensor,
+                  alpha: Tensor | None, low: Operands | None, s: Settings, save: bool) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """O, and O_s and L with `save`, from a choice of blocks and the linear branch's sums H and Z."""
+    if hopper.serves(q, k, v, s.block_q, s.block_k):
+        branch = hopper.LinearBranch(state, total, alpha, s.feature_map)
+        return hopper.forward(q, k, v, tables, branch, low, save)
+    o = linear.rows_output(q, state, total, alpha, s.block_q, s.feature_map)
+    return o, *attend(q, k, v, tables, o, alpha, low, s, save)
 
 
 def remaining(z: Tensor, tables: tuple[Tensor, Tensor], blocks: int) -> Tensor:
@@ -176,17 +194,32 @@ def forward(q: Tensor, k: Tensor, v: Tensor, alpha: Tensor | None, projections: 
         mask: (B, H, T_m, T_n) bool in place of routing.
     """
     B, H, N, D = q.shape
-    pooled = pool(k, s.block_k)
+    rows, blocks = triton.cdiv(N, s.block_q), triton.cdiv(N, s.block_k)
+    on_hopper = hopper.serves(q, k, v, s.block_q, s.block_k)
+    low = None if s.precision == "none" else empty_operands(k, v, s.block_k, s.precision)
+    pooled, *pooled_queries = pool((k, s.block_k, False), *([(q, s.block_q, False)] if mask is None else []))
     mean = key_mean(pooled, N, s.block_k)
+    # Routing is many small kernels and quantisation is traffic: both run beside the block states and their sum.
+    routing = quantising = None
     if mask is None:
-        chosen = route(q, pooled, mean, projections, s.kept, s.block_q)
+        chosen = empty_route(B * H, rows, blocks, s.kept, q.dtype, q.device)
+        routing = Beside(q)
+        with routing:
+            route(*pooled_queries, pooled, mean, projections, s.kept, chosen)
     else:
         chosen = Route(mask.flatten(0, 1), lookup(mask), padded(~mask, k.dtype))
+    if low is not None:
+        quantising = Beside(q)
+        with quantising:
+            quantise_keys_values(k, v, mean, low, permuted=on_hopper)
     h, z = linear.block_states(k, v, s.block_k, s.feature_map, mean if s.smooth_phi else None)
+    if routing:
+        routing.done()
     state = product(chosen.weight, h.flatten(2)).view(B * H, -1, D, D)
-    total = remaining(z, chosen.tables, triton.cdiv(N, s.block_k))
-    o = linear.rows_output(q, state, total, alpha, s.block_q, s.feature_map)
-    o_sparse, lse = attend(q, k, v, chosen.tables, o, alpha, mean, s, save)
+    total = remaining(z, chosen.tables, blocks)
+    if quantising:
+        quantising.done()
+    o, o_sparse, lse = both_branches(q, k, v, chosen.tables, state, total, alpha, low, s, save)
     return o, Saved(o_sparse, lse, chosen.mask.unflatten(0, (B, H)), state, total, mean)
 
 

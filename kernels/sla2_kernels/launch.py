@@ -66,6 +66,12 @@ def architecture(device: torch.device) -> int:
     return max(served)
 
 
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """How many a GPU has; one without a GPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
 def has_fp8(device: torch.device) -> bool:
     """Whether a GPU's matrix units take e4m3; the interpreter does."""
     return device.type != "cuda" or architecture(device) >= 89

@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from sla2_kernels.launch import STATE_GROUP, linear_config
 from sla2_kernels.primitives import (
@@ -107,7 +108,10 @@ def _state_kernel(k, v, mean, h, z, stride_kb, stride_kh, stride_kn, stride_vb, 
             total += tl.sum(phi.to(tl.float32), 0)  # of the rounded phi, so that a constant V comes out constant
             state = dot(tl.trans(phi), v_tile, state)
         line = i_bh.to(tl.int64) * blocks + block
-        store_tile(h + line * D * D, state, tl.arange(0, BD), D, D, D, BD)
+        if TMA:
+            h.store([line.to(tl.int32), 0, 0], state.to(v_tile.dtype).reshape(1, BD, BD))
+        else:
+            store_tile(h + line * D * D, state, tl.arange(0, BD), D, D, D, BD)
         tl.store(z + line * D + tl.arange(0, BD), total, mask=tl.arange(0, BD) < D)
 
 
@@ -217,10 +221,15 @@ def block_states(
     tma, k_in, v_in = blocks_of(BM, BD, k, v)
     with on_device(k):
         _state_kernel[(triton.cdiv(blocks, group), B * H)](
-            k_in, v_in, z if mean is None else mean, h, z, *k.stride()[:3], *v.stride()[:3], H, N, blocks,
-            D=D, BD=BD, BM=BM, BLOCK=block_k, GROUP=group, FEATURE=feature_map, CENTRE=mean is not None, TMA=tma,
-            STAGES=stages, num_warps=num_warps, num_stages=stages)  # fmt: skip
+            k_in, v_in, z if mean is None else mean, square_tiles(h, BD) if tma else h, z, *k.stride()[:3],
+            *v.stride()[:3], H, N, blocks, D=D, BD=BD, BM=BM, BLOCK=block_k, GROUP=group, FEATURE=feature_map,
+            CENTRE=mean is not None, TMA=tma, STAGES=stages, num_warps=num_warps, num_stages=stages)  # fmt: skip
     return h, z
+
+
+def square_tiles(x: Tensor, BD: int) -> TensorDescriptor:
+    """Descriptor of (B * H, T, D, D) as D x D tiles, which TMA cuts to D."""
+    return TensorDescriptor(x, [x.shape[0] * x.shape[1], *x.shape[2:]], list(x.stride()[1:]), [1, BD, BD])
 
 
 def rows_output(

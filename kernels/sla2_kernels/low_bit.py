@@ -1,14 +1,16 @@
 """Low-bit forward of the sparse branch, with the scheme of SageAttention2++'s block-sparse path (paper section 5).
 
-    Q8 = Q / s_q, K8 = (K - mean K) / s_k: one scale a block and head, INT8 (halves away from zero) or e4m3
+    Q8 = Q / s_q, K8 = (K - mean K) / s_k: one scale a query, one a block of keys, INT8 (halves away from zero) or e4m3
     V8 = V / s_v: one e4m3 scale a channel and head, so that a channel of outliers costs the others nothing
     P8 = 448 exp(S - running maximum) in e4m3; the row sum is taken before that cast, and 448 cancels in O / l
 
 Q is quantised where it is used; K8 and V8 are written once, padded to whole blocks. V8 is transposed within its block, because
-the tensor cores want the 8-bit operand of P V contiguous along the keys.
+the tensor cores want the 8-bit operand of P V contiguous along the keys. A scale a query costs nothing: rows have a factor anyway.
 
 Legend: BM query rows, BN = BLOCK_K keys of a block, D head size, BD the power of two that holds D.
 """
+
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -27,6 +29,7 @@ from sla2_kernels.primitives import (
     on_device,
     power_of_two,
 )
+from sla2_kernels.routing import over_blocks, pool
 from sla2_kernels.sparse import clean_blocks
 
 FP8_MAX = tl.constexpr(448.0)
@@ -35,9 +38,9 @@ TINY = tl.constexpr(1e-12)  # scale of a block of zeros
 
 
 @triton.jit
-def quantise(x, INT8: tl.constexpr):
-    """A tile in 8 bits and its one scale."""
-    scale = tl.maximum(tl.max(tl.max(tl.abs(x), 1), 0) / (INT8_MAX if INT8 else FP8_MAX), TINY)
+def quantise(x, largest, INT8: tl.constexpr):
+    """Numbers in 8 bits, and their scale, from their largest magnitude (one, or one a row with a trailing axis)."""
+    scale = tl.maximum(largest / (INT8_MAX if INT8 else FP8_MAX), TINY)
     steps = x / scale
     if INT8:
         low = (steps + tl.where(steps >= 0, 0.5, -0.5)).to(tl.int8)
@@ -73,7 +76,7 @@ def score_dot(q8, k8):
 def attend_low_bit(q8, acc, top, total, k8, k_scale, v, first, table, begin, end, scale, N, stride_vn, D: tl.constexpr,
                    BD: tl.constexpr, BN: tl.constexpr, FP8_PV: tl.constexpr, TMA: tl.constexpr, MASKED: tl.constexpr,
                    STAGES: tl.constexpr):  # fmt: skip
-    """Online softmax over the kept blocks begin .. end; `scale` holds the query's scale and is in units of log2."""
+    """Online softmax over the kept blocks begin .. end; `scale` [BM] holds the queries' scales and is in units of log2."""
     inside = tl.arange(0, BN)
     for step in tl.range(begin, end, num_stages=STAGES):
         block = tl.load(table + step)
@@ -86,11 +89,11 @@ def attend_low_bit(q8, acc, top, total, k8, k_scale, v, first, table, begin, end
         new_top = tl.maximum(top, tl.max(scores, 1) * factor)  # [BM]
         shrink = tl.math.exp2(top - new_top)
         if FP8_PV:
-            p = tl.math.exp2(scores * factor - (new_top - 8.807354922057604)[:, None])  # times 448 = 2^8.807
+            p = tl.math.exp2(scores * factor[:, None] - (new_top - 8.807354922057604)[:, None])  # times 448 = 2^8.807
             v_tile = load_flat(v, at, BD, BN, TMA)  # [BD, BN]
             acc = dot(p.to(v_tile.dtype), tl.trans(v_tile), acc * shrink[:, None])
         else:
-            p = tl.math.exp2(scores * factor - new_top[:, None])
+            p = tl.math.exp2(scores * factor[:, None] - new_top[:, None])
             v_tile = load_tile(v, block * BN + inside, stride_vn, N, D, BD, MASKED)  # [BN, BD]
             acc = dot(p.to(v_tile.dtype), v_tile, acc * shrink[:, None])
         total = total * shrink + tl.sum(p, 1)
@@ -103,58 +106,20 @@ def low_bit_rows(q_tile, k8, k_scale, v, v_scale, first, table, count, scale, N,
                  D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, FP8_PV: tl.constexpr, TMA: tl.constexpr,
                  STAGES: tl.constexpr):  # fmt: skip
     """Output rows [BM, BD] fp32 of one query block and the log-sum-exp [BM], base 2, of its quantised scores."""
-    q8, q_scale = quantise(q_tile.to(tl.float32), (k8.dtype if TMA else k8.dtype.element_ty) == tl.int8)
+    wide = q_tile.to(tl.float32)
+    largest = tl.max(tl.abs(wide), 1, keep_dims=True)  # [BM, 1]
+    q8, q_scale = quantise(wide, largest, (k8.dtype if TMA else k8.dtype.element_ty) == tl.int8)
     acc = tl.zeros([BM, BD], tl.float32)
     top = tl.full([BM], LOWEST, tl.float32)
     total = tl.zeros([BM], tl.float32)
     clean = clean_blocks(table, count, N, BN, False)
-    factor = scale * q_scale * LOG2E
+    factor = tl.reshape(q_scale, [BM]) * (scale * LOG2E)
     acc, top, total = attend_low_bit(
-        q8,
-        acc,
-        top,
-        total,
-        k8,
-        k_scale,
-        v,
-        first,
-        table,
-        0,
-        clean,
-        factor,
-        N,
-        stride_vn,
-        D,
-        BD,
-        BN,
-        FP8_PV,
-        TMA,
-        False,
-        STAGES,
-    )
+        q8, acc, top, total, k8, k_scale, v, first, table, 0, clean, factor, N, stride_vn, D, BD, BN, FP8_PV, TMA, False,
+        STAGES)  # fmt: skip
     acc, top, total = attend_low_bit(
-        q8,
-        acc,
-        top,
-        total,
-        k8,
-        k_scale,
-        v,
-        first,
-        table,
-        clean,
-        count,
-        factor,
-        N,
-        stride_vn,
-        D,
-        BD,
-        BN,
-        FP8_PV,
-        TMA,
-        True,
-        1,
-    )
+        q8, acc, top, total, k8, k_scale, v, first, table, clean, count, factor, N, stride_vn, D, BD, BN, FP8_PV, TMA, True,
+        1)  # fmt: skip
     acc /= total[:, None]
     lse2 = top + tl.math.log2(total)
     if FP8_PV:
@@ -167,20 +132,22 @@ def low_bit_rows(q_tile, k8, k_scale, v, v_scale, first, table, count, scale, N,
 @triton.jit
 def _quantise_kernel(k, v, mean, v_scale, k8, k_scale, v8, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh,
                      stride_vn, H, N, blocks, D: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr,
-                     CENTRE: tl.constexpr, FP8_PV: tl.constexpr):  # fmt: skip
+                     CENTRE: tl.constexpr, FP8_PV: tl.constexpr, PERMUTED: tl.constexpr):  # fmt: skip
     i_n, i_bh = tl.program_id(0), tl.program_id(1)
-    rows, columns = i_n * BLOCK + tl.arange(0, BLOCK), tl.arange(0, BD)
-    inside = tl.arange(0, BLOCK)
+    inside, columns = tl.arange(0, BLOCK), tl.arange(0, BD)
+    rows = i_n * BLOCK + inside
     tile = load_tile(k + head_offset(i_bh, H, stride_kb, stride_kh), rows, stride_kn, N, D, BD, True).to(tl.float32)
     if CENTRE:
         shift = tl.load(mean + i_bh * D + columns, mask=columns < D, other=0.0)
         tile = tl.where(rows[:, None] < N, tile - shift[None, :], 0.0)  # [BLOCK, BD]
-    low, scale = quantise(tile, k8.dtype.element_ty == tl.int8)
+    low, scale = quantise(tile, tl.max(tl.max(tl.abs(tile), 1), 0), k8.dtype.element_ty == tl.int8)
     line = i_bh.to(tl.int64) * blocks + i_n
     tl.store(k8 + line * (BLOCK * BD) + inside[:, None] * BD + columns[None, :], low)
     tl.store(k_scale + line, scale)
     if FP8_PV:
-        channel = tl.load(v_scale + i_bh * D + columns, mask=columns < D, other=1.0)
+        if PERMUTED:  # place 4 t + 2 j + e of 16 holds key 8 j + 2 t + e, see `hopper.operand`
+            rows = i_n * BLOCK + ((inside & ~15) | ((inside & 2) << 2) | ((inside & 12) >> 1) | (inside & 1))
+        channel = tl.maximum(tl.load(v_scale + i_bh * D + columns, mask=columns < D, other=1.0), TINY)
         tile = load_tile(v + head_offset(i_bh, H, stride_vb, stride_vh), rows, stride_vn, N, D, BD, True)
         tile = tl.clamp(tile.to(tl.float32) / channel[None, :], -FP8_MAX, FP8_MAX)
         pointers = v8 + line * (BLOCK * BD) + columns[:, None] * BLOCK + inside[None, :]
@@ -199,26 +166,51 @@ def flat_blocks(k8: Tensor, v8: Tensor) -> tuple[bool, ...]:
     return True, flat(k8), flat(v8) if v8.dtype == torch.float8_e4m3fn else v8
 
 
-def quantise_keys_values(k: Tensor, v: Tensor, mean: Tensor | None, v_largest: Tensor | None, block_k: int,
-                         precision: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+@dataclass
+class Operands:
     """K8 (B * H, T_n, block_k, BD), its scales (B * H, T_n), V8 (B * H, T_n, BD, block_k), its scales (B * H, D).
 
-    Args:
-        k, v: (B, H, N, D), last dimension contiguous.
-        mean: (B * H, D) fp32, taken from K first; None for keys that are smooth already.
-        v_largest: (B * H, D) largest magnitude of each channel of V; None for `int8-bf16`, whose V8 and scales are V and empty.
-        precision: `int8`, `fp8` or `int8-bf16`.
+    With `int8-bf16` V8 and its scales are placeholders: V stays as it is.
     """
+
+    k8: Tensor
+    k_scale: Tensor
+    v8: Tensor
+    v_scale: Tensor
+    precision: str
+
+    @property
+    def low_values(self) -> bool:
+        return self.precision != "int8-bf16"
+
+
+def empty_operands(k: Tensor, v: Tensor, block_k: int, precision: str) -> Operands:
+    """Memory for K and V (B, H, N, D) in low bit; precision: `int8`, `fp8` or `int8-bf16`."""
     B, H, N, D = k.shape
     blocks, BD = triton.cdiv(N, block_k), power_of_two(D)
     dtype = torch.float8_e4m3fn if precision == "fp8" else torch.int8
     k8 = torch.empty(B * H, blocks, block_k, BD, dtype=dtype, device=k.device)
     k_scale = torch.empty(B * H, blocks, dtype=torch.float32, device=k.device)
-    values = v_largest is not None
-    v8 = torch.empty(B * H, blocks, BD, block_k, dtype=torch.float8_e4m3fn, device=k.device) if values else v
-    v_scale = (v_largest / FP8_MAX.value).clamp_min(TINY.value) if values else k_scale
+    if precision == "int8-bf16":
+        return Operands(k8, k_scale, v, k_scale, precision)
+    v8 = torch.empty(B * H, blocks, BD, block_k, dtype=torch.float8_e4m3fn, device=k.device)
+    return Operands(k8, k_scale, v8, torch.empty(B * H, D, dtype=torch.float32, device=k.device), precision)
+
+
+def quantise_keys_values(k: Tensor, v: Tensor, mean: Tensor | None, out: Operands, permuted: bool) -> None:
+    """Write K and V in low bit.
+
+    Args:
+        k, v: (B, H, N, D), last dimension contiguous.
+        mean: (B * H, D) fp32, taken from K first; None for keys that are smooth already.
+        permuted: V8 with its keys in the order that `hopper` wants.
+    """
+    B, H, N, D = k.shape
+    _, blocks, block_k, BD = out.k8.shape
+    if out.low_values:
+        over_blocks(pool((v, block_k, True))[0], 1 / FP8_MAX.value, largest=True, out=out.v_scale)
     with on_device(k):
         _quantise_kernel[(blocks, B * H)](
-            k, v, k_scale if mean is None else mean, v_scale, k8, k_scale, v8, *k.stride()[:3], *v.stride()[:3], H, N,
-            blocks, D=D, BD=BD, BLOCK=block_k, CENTRE=mean is not None, FP8_PV=values, num_warps=4)  # fmt: skip
-    return k8, k_scale, v8, v_scale
+            k, v, out.k_scale if mean is None else mean, out.v_scale, out.k8, out.k_scale, out.v8, *k.stride()[:3],
+            *v.stride()[:3], H, N, blocks, D=D, BD=BD, BLOCK=block_k, CENTRE=mean is not None, FP8_PV=out.low_values,
+            PERMUTED=permuted, num_warps=4)  # fmt: skip

@@ -154,7 +154,7 @@ def low_bit_sparse_op(
 ) -> tuple[Tensor, Tensor]:
     q, k, v = rows_contiguous(q), rows_contiguous(k), rows_contiguous(v)
     s = fused.Settings(0, block_q, block_k, "softmax", False, precision)
-    return fused.attend(q, k, v, lookup(mask), None, None, None, s, save=True)
+    return fused.low_bit_sparse(q, k, v, lookup(mask), s)
 
 
 @low_bit_sparse_op.register_fake

@@ -216,7 +216,7 @@ def low_bit_sparse_attention(
 ) -> tuple[Tensor, Tensor]:
     """`sparse_attention` with the numerics of SageAttention2++'s block-sparse path, emulated (paper section 5).
 
-    Q and K have one scale per block and head; P is cast to e4m3 at the static scale 448 of its row maximum over the kept
+    Q has one scale per query, K one per block and head; P is cast to e4m3 at the static scale 448 of its row maximum over the kept
     blocks (the kernels use the running maximum of their loop, so the two round differently); V has one e4m3 scale per channel.
     The row sum is taken before P is cast.
 
@@ -227,21 +227,19 @@ def low_bit_sparse_attention(
     Returns:
         Output and the log-sum-exp of the quantised scores.
     """
-    q_low, k_low, v_low = quantise_inputs(_wide(q), _wide(k), _wide(v), block_q, block_k, precision)
+    q_low, k_low, v_low = quantise_inputs(_wide(q), _wide(k), _wide(v), block_k, precision)
     scores = _scores(q_low, k_low)
     scores = scores.masked_fill(~expand_mask(mask, q.shape[-2], k.shape[-2], block_q, block_k), -math.inf)
     out, lse = low_bit_softmax(scores, v_low, precision)
     return out.to(q.dtype), lse
 
 
-def quantise_inputs(
-    q: Tensor, k: Tensor, v: Tensor, block_q: int, block_k: int, precision: str
-) -> tuple[Tensor, Tensor, Tensor]:
+def quantise_inputs(q: Tensor, k: Tensor, v: Tensor, block_k: int, precision: str) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v (B, H, N, D) rounded to what the low-bit units multiply, in the dtype they came in."""
     if precision in ("int8", "int8-bf16"):
-        q, k = _quantise_int8(q, block_q), _quantise_int8(k, block_k)
+        q, k = _quantise_int8(q, 1), _quantise_int8(k, block_k)
     elif precision == "fp8":
-        q, k = _quantise_fp8_blocks(q, block_q), _quantise_fp8_blocks(k, block_k)
+        q, k = _quantise_fp8_blocks(q, 1), _quantise_fp8_blocks(k, block_k)
     else:
         raise ValueError(f"precision is {precision!r}, choose int8, fp8 or int8-bf16")
     if precision != "int8-bf16":

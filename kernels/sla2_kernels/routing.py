@@ -21,24 +21,38 @@ from sla2_kernels.product import padded_length, product
 
 
 @triton.jit
-def _pool_kernel(x, pooled, stride_b, stride_h, stride_n, H, N, blocks, D: tl.constexpr, BD: tl.constexpr,
-                 BLOCK: tl.constexpr, LARGEST: tl.constexpr):  # fmt: skip
-    i_t, i_bh = tl.program_id(0), tl.program_id(1)
-    rows = i_t * BLOCK + tl.arange(0, BLOCK)
-    tile = load_tile(x + head_offset(i_bh, H, stride_b, stride_h), rows, stride_n, N, D, BD, True)  # [BLOCK, BD]
-    if LARGEST:
-        value = tl.max(tl.abs(tile.to(tl.float32)), 0)
-    else:
-        value = tl.sum(tile.to(tl.float32), 0) / tl.minimum(BLOCK, N - i_t * BLOCK)
-    columns = tl.arange(0, BD)
-    tl.store(pooled + (i_bh.to(tl.int64) * blocks + i_t) * D + columns, value, mask=columns < D)
+def pool_block(x, pooled, i_t, i_bh, stride_b, stride_h, stride_n, H, N, blocks, D: tl.constexpr, BD: tl.constexpr,
+               BLOCK: tl.constexpr, LARGEST: tl.constexpr):  # fmt: skip
+    """Mean of a block's tokens, or their largest magnitude by channel."""
+    if i_t < blocks:
+        rows, columns = i_t * BLOCK + tl.arange(0, BLOCK), tl.arange(0, BD)
+        tile = load_tile(x + head_offset(i_bh, H, stride_b, stride_h), rows, stride_n, N, D, BD, True)  # [BLOCK, BD]
+        if LARGEST:
+            value = tl.max(tl.abs(tile.to(tl.float32)), 0)
+        else:
+            value = tl.sum(tile.to(tl.float32), 0) / tl.minimum(BLOCK, N - i_t * BLOCK)
+        tl.store(pooled + (i_bh.to(tl.int64) * blocks + i_t) * D + columns, value, mask=columns < D)
 
 
 @triton.jit
-def _column_kernel(x, out, T, scale, less, D: tl.constexpr, BD: tl.constexpr, BT: tl.constexpr, LARGEST: tl.constexpr):
-    i_bh, columns = tl.program_id(0).to(tl.int64), tl.arange(0, BD)
+def _pool_kernel(x, y, z, pooled_x, pooled_y, pooled_z, stride_xb, stride_xh, stride_xn, stride_yb, stride_yh, stride_yn,
+                 stride_zb, stride_zh, stride_zn, H, N_x, N_y, N_z, T_x, T_y, T_z, D: tl.constexpr, BD: tl.constexpr,
+                 BLOCK_X: tl.constexpr, BLOCK_Y: tl.constexpr, BLOCK_Z: tl.constexpr, LARGEST_X: tl.constexpr,
+                 LARGEST_Y: tl.constexpr, LARGEST_Z: tl.constexpr):  # fmt: skip
+    i_t, i_bh, which = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    if which == 0:
+        pool_block(x, pooled_x, i_t, i_bh, stride_xb, stride_xh, stride_xn, H, N_x, T_x, D, BD, BLOCK_X, LARGEST_X)
+    elif which == 1:
+        pool_block(y, pooled_y, i_t, i_bh, stride_yb, stride_yh, stride_yn, H, N_y, T_y, D, BD, BLOCK_Y, LARGEST_Y)
+    else:
+        pool_block(z, pooled_z, i_t, i_bh, stride_zb, stride_zh, stride_zn, H, N_z, T_z, D, BD, BLOCK_Z, LARGEST_Z)
+
+
+@triton.jit
+def _column_kernel(x, out, T, scale, less, D: tl.constexpr, BC: tl.constexpr, BT: tl.constexpr, LARGEST: tl.constexpr):
+    i_bh, columns = tl.program_id(0).to(tl.int64), tl.program_id(1) * BC + tl.arange(0, BC)
     x += i_bh * T * D
-    total = tl.zeros([BT, BD], tl.float32)
+    total = tl.zeros([BT, BC], tl.float32)
     for first in tl.range(0, T, BT, num_stages=2):
         t = first + tl.arange(0, BT)
         valid = (t[:, None] < T) & (columns[None, :] < D)
@@ -74,28 +88,40 @@ def _top_k_kernel(scores, mask, weight, table, count, kept, entries, length, WID
     tl.store(count + line, kept)
 
 
-def pool(x: Tensor, block: int, largest: bool = False) -> Tensor:
-    """Mean of each block's tokens, or with `largest` its largest magnitude by channel: (B * H, T, D) fp32 from (B, H, N, D)."""
-    B, H, N, D = x.shape
-    blocks = triton.cdiv(N, block)
-    pooled = torch.empty(B * H, blocks, D, dtype=torch.float32, device=x.device)
-    with on_device(x):
-        _pool_kernel[(blocks, B * H)](
-            x, pooled, *x.stride()[:3], H, N, blocks, D=D, BD=power_of_two(D), BLOCK=block, LARGEST=largest,
-            num_warps=4)  # fmt: skip
+def pool(*parts: tuple[Tensor, int, bool]) -> list[Tensor]:
+    """Of up to three tensors (B, H, N, D), one B, H and D, in one launch: (B * H, T, D) fp32 each.
+
+    Args:
+        parts: tensor, tokens of a block, and whether to take the largest magnitude of each channel instead of the mean.
+    """
+    x, y, z = (parts + parts[:1] * 3)[:3]
+    B, H, _, D = x[0].shape
+    pooled = [
+        torch.empty(B * H, triton.cdiv(t.shape[2], block), D, dtype=torch.float32, device=t.device)
+        for t, block, _ in (x, y, z)[: len(parts)]
+    ]
+    out = (pooled + pooled[:1] * 3)[:3]
+    lengths = [t.shape[1] for t in out]
+    with on_device(x[0]):
+        _pool_kernel[(max(lengths), B * H, len(parts))](
+            x[0], y[0], z[0], *out, *x[0].stride()[:3], *y[0].stride()[:3], *z[0].stride()[:3], H,
+            *(part[0].shape[2] for part in (x, y, z)), *lengths, D=D, BD=power_of_two(D), BLOCK_X=x[1], BLOCK_Y=y[1],
+            BLOCK_Z=z[1], LARGEST_X=x[2], LARGEST_Y=y[2], LARGEST_Z=z[2], num_warps=4)  # fmt: skip
     return pooled
 
 
-def over_blocks(x: Tensor, scale: float = 1.0, less: float = 0.0, largest: bool = False) -> Tensor:
-    """scale * (sum over T) - less * (last of T), or the largest of numbers that are not negative.
+def over_blocks(
+    x: Tensor, scale: float = 1.0, less: float = 0.0, largest: bool = False, out: Tensor | None = None
+) -> Tensor:
+    """scale * (sum over T) - less * (last of T), or scale times the largest of numbers that are not negative.
 
     From (B * H, T, D) fp32, contiguous, to (B * H, D).
     """
     heads, T, D = x.shape
-    out = torch.empty(heads, D, dtype=torch.float32, device=x.device)
+    out = torch.empty(heads, D, dtype=torch.float32, device=x.device) if out is None else out
     with on_device(x):
-        _column_kernel[(heads,)](
-            x, out, T, scale, less, D=D, BD=power_of_two(D), BT=64, LARGEST=largest, num_warps=8)  # fmt: skip
+        _column_kernel[(heads, triton.cdiv(D, 32))](
+            x, out, T, scale, less, D=D, BC=32, BT=128, LARGEST=largest, num_warps=4)  # fmt: skip
     return out
 
 
@@ -120,35 +146,41 @@ class Route:
     weight: Tensor
 
 
-def top_k(scores: Tensor, kept: int, dtype: torch.dtype) -> Route:
-    """The `kept` largest scores of each row (B * H, T_m, T_n) fp32; `dtype` is that of the weight."""
+def empty_route(heads: int, rows: int, entries: int, kept: int, dtype: torch.dtype, device: torch.device) -> Route:
+    """Memory for a choice of `kept` among `entries` blocks in each of `rows` rows; `dtype` is that of the weight."""
+    return Route(
+        torch.empty(heads, rows, entries, dtype=torch.bool, device=device),
+        (
+            torch.empty(heads, rows, kept, dtype=torch.int32, device=device),
+            torch.empty(heads, rows, dtype=torch.int32, device=device),
+        ),
+        torch.empty(heads, rows, padded_length(entries), dtype=dtype, device=device),
+    )
+
+
+def top_k(scores: Tensor, kept: int, out: Route) -> None:
+    """Write the `kept` largest scores of each row (B * H, T_m, T_n) fp32."""
     heads, rows, entries = scores.shape
-    length, device = padded_length(entries), scores.device
-    mask = torch.empty(scores.shape, dtype=torch.bool, device=device)
-    weight = torch.empty(heads, rows, length, dtype=dtype, device=device)
-    table = torch.empty(heads, rows, kept, dtype=torch.int32, device=device)
-    count = torch.empty(heads, rows, dtype=torch.int32, device=device)
     width = max(8, triton.next_power_of_2(entries))
     with on_device(scores):
         # H200: rows of 512 take 0.017 ms with one warp and 0.023 with four, rows of 2048 0.85 and 0.52.
         _top_k_kernel[(heads * rows,)](
-            scores, mask.view(torch.uint8), weight, table, count, kept, entries, length, WIDTH=width,
+            scores, out.mask.view(torch.uint8), out.weight, *out.tables, kept, entries, out.weight.shape[-1], WIDTH=width,
             num_warps=min(8, max(1, width // 512)))  # fmt: skip
-    return Route(mask, (table, count), weight)
 
 
-def route(q: Tensor, pooled_keys: Tensor, mean: Tensor, projections: tuple[Tensor, Tensor] | None, kept: int,
-          block_q: int) -> Route:  # fmt: skip
-    """The key blocks of each query block.
+def route(pooled_queries: Tensor, pooled_keys: Tensor, mean: Tensor, projections: tuple[Tensor, Tensor] | None, kept: int,
+          out: Route) -> None:  # fmt: skip
+    """Write the key blocks of each query block.
 
     Args:
-        q: (B, H, N, D); pooled_keys: (B * H, T_n, D) block means of K; mean: (B * H, D) of K.
+        pooled_queries: (B * H, T_m, D); pooled_keys: (B * H, T_n, D) block means of K; mean: (B * H, D) of K.
         projections: proj_q and proj_k, (D, D) each; None for the identity.
     """
-    left, right = pool(q, block_q), pooled_keys - mean[:, None]
+    left, right = pooled_queries, pooled_keys - mean[:, None]
     if projections is not None:
         left, right = (
             product(x.view(1, -1, x.shape[-1]), w.float().T[None]).view_as(x)
             for x, w in zip((left, right), projections, strict=True)
         )
-    return top_k(product(left, right.mT), kept, q.dtype)
+    top_k(product(left, right.mT), kept, out)

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sla2_kernels import hopper
 from sla2_kernels.launch import config
 from sla2_kernels.primitives import (
     LOG2E,
@@ -221,6 +222,9 @@ def forward(q: Tensor, k: Tensor, v: Tensor, tables: tuple[Tensor, Tensor] | Non
         q: (B, H, NQ, D); k, v: (B, H, N, D), last dimension contiguous.
         tables: key blocks of each query block, see `lookup`; None if `log_mask` (B, H, T_m, T_n) is given.
     """
+    if tables is not None and hopper.serves(q, k, v, block_q, block_k):
+        o, _, lse = hopper.forward(q, k, v, tables, None, None, save=True)
+        return o, lse
     B, H, NQ, D = q.shape
     o, lse = torch.empty_like(q), torch.empty(B, H, NQ, dtype=torch.float32, device=q.device)
     soft = tables is None

@@ -12,6 +12,8 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -53,19 +55,21 @@ class Launch:
                 signature[name], constants[(index,)] = "constexpr", value
             elif isinstance(value, torch.Tensor):
                 signature[name], attributes[(index,)] = f"*{TYPES[value.dtype]}", DIVISIBLE
-            elif isinstance(value, TensorDescriptor):
+            elif isinstance(value, TensorDescriptor | GluonDescriptor):
                 shape = ",".join(map(str, value.block_shape))
-                signature[name] = f"tensordesc<{TYPES[value.base.dtype]}[{shape}]>"
+                layout = f",{value.layout!r}" if isinstance(value, GluonDescriptor) else ""
+                signature[name] = f"tensordesc<{TYPES[value.base.dtype]}[{shape}]{layout}>"
             elif isinstance(value, int):
                 signature[name] = "i32"
                 if value % 16 == 0:
                     attributes[(index,)] = DIVISIBLE
             else:
                 signature[name] = "fp32"
-        return ASTSource(self.function, signature, constants, attributes)
+        source = GluonASTSource if self.function.is_gluon() else ASTSource
+        return source(self.function, signature, constants, attributes)
 
     def compile(self, arch: int):
-        options = {name: self.options[name] for name in ("num_warps", "num_stages") if name in self.options}
+        options = {name: self.options[name] for name in ("num_warps", "num_stages", "maxnreg") if name in self.options}
         return triton.compile(self.source(), target=GPUTarget("cuda", arch, 32), options=options)
 
 

@@ -8,11 +8,12 @@ import torch
 from compiling import recorded, report
 
 from sla2_kernels import fused, launch, linear, sparse
+from sla2_kernels.lookup import lookup
 from sla2_kernels.primitives import INTERPRETED
 
 # Bytes that ptxas may have a thread store and load for want of registers, once a program: outside the loops it costs little.
 SPILLED = 1024
-WGMMA = ("forward_kernel", "mixed_kernel", "query_backward_kernel", "key_backward_kernel", "state_kernel")
+WGMMA = ("forward_kernel", "hopper_kernel", "query_backward_kernel", "key_backward_kernel", "state_kernel")
 pytestmark = pytest.mark.skipif(INTERPRETED.value, reason="an interpreted kernel has no code")
 
 
@@ -24,6 +25,8 @@ def launch_everything(arch: int) -> None:
         settings = fused.Settings(2, 128, 64, "softmax", True, precision)
         _, saved = fused.forward(q, k, v, alpha, (eye, eye), None, settings, True)
     fused.backward(do, q, k, v, alpha, saved, fused.Settings(2, 128, 64, "softmax", True, "none"))
+    mask = torch.ones(1, 2, 4, 8, dtype=torch.bool)
+    sparse.forward(q, k, v, lookup(mask), None, 128, 64)
     log_mask = torch.zeros(1, 2, 4, 8)
     o, lse = sparse.forward(q, k, v, None, log_mask, 128, 64)
     sparse.backward(do, q, k, v, o, lse, None, None, log_mask, 128, 64)

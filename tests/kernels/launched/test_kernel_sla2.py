@@ -111,10 +111,11 @@ def test_routing_keeps_the_largest_scores():
     case = Case(1000, 64, 128, 64, 3) if DEVICE == "cuda" else SMALL
     q, k, _, _ = draw(case, torch.bfloat16)
     projections = tuple(torch.randn(case.D, case.D, generator=seed()).to(DEVICE) for _ in range(2))
-    pooled = routing.pool(k, case.block_k)
+    pooled, pooled_queries = routing.pool((k, case.block_k, False), (q, case.block_q, False))
     mean = routing.key_mean(pooled, case.N, case.block_k)
     torch.testing.assert_close(mean, k.float().mean(-2).flatten(0, 1), rtol=1e-4, atol=1e-5)
-    route = routing.route(q, pooled, mean, projections, case.kept, case.block_q)
+    route = routing.empty_route(case.B * case.H, *case.grid[2:], case.kept, q.dtype, q.device)
+    routing.route(pooled_queries, pooled, mean, projections, case.kept, route)
     mask, (table, count) = route.mask, route.tables
     scores = reference.router_scores(q.double(), k.double(), projections, case.block_q, case.block_k).flatten(0, 1)
     assert (mask.sum(-1) == case.kept).all()
@@ -131,7 +132,8 @@ def test_routing_keeps_the_largest_scores():
 def test_ties_go_to_the_lower_block():
     scores = torch.tensor([[[0.0, -0.0, 1.0, 1.0, 1.0, -2.0, -2.0]]], device=DEVICE)
     for kept in range(1, 8):
-        route = routing.top_k(scores, kept, torch.bfloat16)
+        route = routing.empty_route(*scores.shape, kept, torch.bfloat16, scores.device)
+        routing.top_k(scores, kept, route)
         assert route.mask.equal(reference.top_k_mask(scores, kept))
 
 

@@ -1,0 +1,41 @@
+"""Work beside the current stream: small kernels in the shadow of large ones."""
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+
+@cache
+def _side(device: torch.device, main: int) -> torch.cuda.Stream:
+    """A stream of its own for each stream that anybody calls from, so that two callers do not wait for each other."""
+    return torch.cuda.Stream(device)
+
+
+class Beside:
+    """Within this context kernels run beside the current stream's, after what it has started so far.
+
+    What they write and the current stream reads has to be allocated before: the allocator gives memory back to the stream that
+    took it. `done` makes the current stream wait for what was started within. Without a GPU nothing happens.
+    """
+
+    def __init__(self, x: Tensor) -> None:
+        self.on_gpu = x.is_cuda
+        if self.on_gpu:
+            self.main = torch.cuda.current_stream(x.device)
+            self.side = _side(x.device, self.main.cuda_stream)
+            self.side.wait_stream(self.main)
+
+    def __enter__(self) -> None:
+        if self.on_gpu:
+            self.context = torch.cuda.stream(self.side)
+            self.context.__enter__()
+
+    def __exit__(self, *error) -> None:
+        if self.on_gpu:
+            self.context.__exit__(*error)
+            self.event = self.side.record_event()
+
+    def done(self) -> None:
+        if self.on_gpu:
+            self.main.wait_event(self.event)
