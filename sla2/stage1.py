@@ -104,17 +104,18 @@ class Stage1:
         self.dense(latents, text, sigma, draw, learn)
         yield torch.stack(losses).sum().requires_grad_()  # a leaf: the loop's backward has nothing left to do
 
-    def on_heldout(self, look: Callable[[float, int, Tensor, Tensor, Tensor, Tensor], None]) -> None:
-        """Show every layer at every held-out noise level, on held-out clips and noise that are the same in every call."""
-        for number, level in enumerate(self.settings["sigmas"]):
-            for clip in range(self.settings["heldout_clips"]):
-                index = (number * self.settings["heldout_clips"] + clip) % len(self.heldout)
-                self.dense(
-                    *self.heldout.batch([index]),
-                    torch.tensor([level]),
-                    generator(0, 5, number, clip),
-                    partial(look, level),
-                )
+    def on_heldout(self, look: Callable[[float, int, Tensor, Tensor, Tensor, Tensor], None], fresh: bool) -> None:
+        """Show every layer at every held-out noise level, on held-out clips and noise that are the same in every call.
+
+        Args:
+            fresh: whether on other clips than those by which the best state is chosen; there may be too few for that.
+        """
+        levels, clips = self.settings["sigmas"], self.settings["heldout_clips"]
+        places = [(level, number * clips + clip) for number, level in enumerate(levels) for clip in range(clips)]
+        for level, place in places:
+            place += len(places) if fresh else 0
+            clip = self.heldout.batch([place % len(self.heldout)])
+            self.dense(*clip, torch.tensor([level]), generator(0, 5, place), partial(look, level))
 
     @torch.no_grad()
     def hard_error(self) -> float:
@@ -125,7 +126,7 @@ class Stage1:
             errors.append(relative_error(self.layers[layer](q, k, v), o))
 
         self.layers.eval()
-        self.on_heldout(measure)
+        self.on_heldout(measure, fresh=False)
         self.layers.train()
         return torch.stack(errors).mean().item()
 
@@ -148,7 +149,7 @@ class Stage1:
 
     @torch.no_grad()
     def report(self) -> list[tuple]:
-        """Rows of `report.csv`: the layers' routers and alpha, and their controls, on held-out clips."""
+        """Rows of `report.csv`: the layers' routers and alpha, and their controls, on fresh held-out clips."""
         fits, rows = self.fit_alpha(controls=True), []
 
         def measure(level: float, layer: int, *seen: Tensor) -> None:
@@ -156,7 +157,7 @@ class Stage1:
             rows.extend((layer, level, *row) for row in found)
 
         self.layers.eval()
-        self.on_heldout(measure)
+        self.on_heldout(measure, fresh=True)
         return rows
 
 

@@ -1,5 +1,7 @@
 """What stage 1 reached at each layer and noise level, beside the controls that say what it is worth.
 
+On held-out clips, others than those by which the state was chosen.
+
 Routers: the row's own, by its word, and `mean_pool` (the heuristic: the identity for both projections), `random` and `oracle` (the
 key blocks with the largest exact softmax mass). Alpha: `trained` is the row's mixing, of its own router only; `fitted` is each
 router's own best alpha in the sense of least squares, by head and query block, on training clips, so that routers are compared

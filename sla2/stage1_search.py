@@ -1,8 +1,9 @@
 """Which stage 1 finds the best router: estimators, temperatures, rates and routers beside each other, on one base model.
 
 Every run is an ordinary stage 1 (`sla2.stage1`) with some settings of the study's changed; a run that is finished is not made again.
-`search.csv` holds each run's held-out hard error by step, `search.md` a table of them: at the start, at best, and how much of the
-way from the heuristic to the block-mass oracle that is, each router with its own least-squares alpha at the start.
+`search.csv` holds each run's held-out hard error by step. `search.md` is a table of these and, on clips that did not choose the
+state, of the report's: with the trained alpha, and how much of the way from the heuristic to the block-mass oracle that is, both
+with their least-squares alpha.
 
     python -m sla2.stage1_search --config config/tiny.yaml --base results/tiny/base_model/base_model.json --output results/tiny/stage1_search
 """
@@ -72,7 +73,7 @@ def main() -> None:
         errors = [(int(r["step"]), float(r["value"])) for r in _rows(folder / "log.csv") if r["metric"] == "hard_error"]
         shown = [settings[column] for column in COLUMNS[3:8]]
         curves += [(name, router, args.sparsity, *shown, step, error) for step, error in errors]
-        table.append((name, errors, _controls(folder / "report.csv")))
+        table.append((name, errors, report_errors(folder / "report.csv")))
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerows([COLUMNS, *curves])
@@ -80,30 +81,28 @@ def main() -> None:
     write_atomic(args.output / f"{args.sparsity * 100:g}/search.md", markdown(table))
 
 
-def markdown(table: list[tuple[str, list[tuple[int, float]], dict[str, float]]]) -> str:
-    """Runs, their (step, hard error), and the controls' hard error by router, as a table."""
-    lines = ["| run | " + " | ".join(f"step {step}" for step, _ in table[0][1]) + " | best | gap closed |"]
-    lines.append("|---" * (len(table[0][1]) + 3) + "|")
-    for name, errors, controls in table:
-        best = min(error for _, error in errors)
-        gap = controls["mean_pool"] - controls["oracle"]
-        shown = " | ".join(f"{error:.4f}" for _, error in errors)
-        lines.append(f"| {name} | {shown} | {best:.4f} | {(controls['mean_pool'] - best) / gap:.0%} |")
-    controls = table[0][2]
-    lines.append("")
-    lines.append(
-        ", ".join(f"{word} {controls[word]:.4f}" for word in ("mean_pool", "random", "oracle")) + ": fitted alpha"
-    )
-    return "\n".join(lines) + "\n"
+def markdown(table: list[tuple[str, list[tuple[int, float]], dict[tuple[str, str], float]]]) -> str:
+    """Runs, their (step, hard error), and the report's hard error by router and alpha, as a table."""
+    steps = [f"step {step}" for step, _ in table[0][1]]
+    lines = [f"| {' | '.join(['run', *steps, 'fresh clips', 'gap closed'])} |", "|---" * (len(steps) + 3) + "|"]
+    for name, errors, found in table:
+        (trained,) = (value for (_, alpha), value in found.items() if alpha == "trained")
+        heuristic, oracle = found["mean_pool", "fitted"], found["oracle", "fitted"]
+        closed = f"{(heuristic - trained) / (heuristic - oracle):.0%}" if name not in ("mean_pool", "random") else ""
+        shown = [name, *(f"{error:.4f}" for _, error in errors), f"{trained:.4f}", closed]
+        lines.append(f"| {' | '.join(shown)} |")
+    found = table[0][2]
+    controls = ", ".join(f"{word} {found[word, 'fitted']:.4f}" for word in ("mean_pool", "random", "oracle"))
+    return "\n".join([*lines, "", f"On the fresh clips, with fitted alpha: {controls}."]) + "\n"
 
 
-def _controls(path: Path) -> dict[str, float]:
-    """Mean hard error of each router with its fitted alpha."""
-    found: dict[str, list[float]] = {}
+def report_errors(path: Path) -> dict[tuple[str, str], float]:
+    """Hard error by router and alpha, mean over layers, noise levels and clips."""
+    found: dict[tuple[str, str], list[float]] = {}
     for row in _rows(path):
-        if (row["alpha"], row["metric"]) == ("fitted", "hard_error"):
-            found.setdefault(row["router"], []).append(float(row["value"]))
-    return {word: fmean(values) for word, values in found.items()}
+        if row["metric"] == "hard_error":
+            found.setdefault((row["router"], row["alpha"]), []).append(float(row["value"]))
+    return {key: fmean(values) for key, values in found.items()}
 
 
 def _rows(path: Path) -> list[dict]:
