@@ -45,7 +45,9 @@ def command(module: str, arguments: list[str], gpus: int, nodes: int) -> list[st
     # The shell of each node puts in its own number.
     inner = " ".join(map(_quoted, [*words, "--multi_gpu", "--main_process_ip", hosts.stdout.split()[0]]))
     inner += f" --main_process_port {PORT} --machine_rank $SLURM_NODEID " + " ".join(map(_quoted, step))
-    return ["srun", "--nodes", str(nodes), "--ntasks", str(nodes), "--ntasks-per-node", "1", "sh", "-c", inner]
+    # Snakemake's plugin runs a job inside a step of its own, whose resources this one must share.
+    srun = ["srun", "--overlap", "--nodes", str(nodes), "--ntasks", str(nodes), "--ntasks-per-node", "1"]
+    return [*srun, "sh", "-c", inner]
 
 
 def _quoted(word: str) -> str:

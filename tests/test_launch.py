@@ -27,7 +27,7 @@ def test_nodes_of_a_slurm_job_each_start_a_launcher(tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "1")
     monkeypatch.setenv("SLURM_JOB_NODELIST", "node[7-8]")
     *srun, inner = launch.command("sla2.stage2", ["--settings", '{"a": "it\'s"}'], 8, 2)
-    assert srun == ["srun", "--nodes", "2", "--ntasks", "2", "--ntasks-per-node", "1", "sh", "-c"]
+    assert srun == ["srun", "--overlap", "--nodes", "2", "--ntasks", "2", "--ntasks-per-node", "1", "sh", "-c"]
     # What the shell of the second node makes of it.
     shell = ["sh", "-c", f"SLURM_NODEID=1; set -- {inner}; printf '%s\\n' \"$@\""]
     words = subprocess.run(shell, capture_output=True, text=True, check=True).stdout.splitlines()
