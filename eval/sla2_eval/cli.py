@@ -89,9 +89,12 @@ def score_all(job, notes: Path, names: list[str], workers: int):
         for name in bar(names, "sla2-eval"):
             yield name, scorer(name)
         return
-    # spawned, as a forked child of a process with threads can hang
+    # A forked child of a process with threads can hang. On the CPU one process imports the libraries and forks the workers.
+    context = get_context("forkserver" if job.device == "cpu" else "spawn")
+    if job.device == "cpu":
+        context.set_forkserver_preload(["sla2_eval.folder"])
     with ProcessPoolExecutor(
-        min(workers, len(names)), mp_context=get_context("spawn"), initializer=_start, initargs=(job, notes)
+        min(workers, len(names)), mp_context=context, initializer=_start, initargs=(job, notes)
     ) as pool:
         pending = {pool.submit(_work, name): name for name in names}
         for _, future in zip(bar(names, "sla2-eval"), as_completed(pending), strict=True):

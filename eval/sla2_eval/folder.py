@@ -23,7 +23,7 @@ from sla2_eval.video_scores import FIDELITY, Measured, VideoScores
 
 VIDEOS = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v", ".gif")
 COLUMNS = ("video", "prompt", "metric", "value", "unit", "higher_is_better", "backend", "reason")
-OF_TENSORS = ("attention.", "sparsity.")  # of a model's layers; a file of frames has none
+OF_STUDIES = ("attention.", "sparsity.", "floor.")  # of a model's layers, or of two videos of one prompt
 PACKAGES = ("av", "numpy", "open-clip-torch", "opencv-python-headless", "torch", "torchmetrics")
 VERSION = 1  # of what a finished video's note holds; another one is scored again
 
@@ -133,7 +133,7 @@ def choose_metrics(words: list[str]) -> tuple[str, ...]:
     Raises:
         UserError: for a word that names nothing.
     """
-    known = [name for name in METRICS if not name.startswith(OF_TENSORS)]
+    known = [name for name in METRICS if not name.startswith(OF_STUDIES)]
     chosen: set[str] = set()
     for word in [part for text in words for part in text.split(",") if part]:
         found = [name for name in known if word in ("all", name, name.split(".")[0])]

@@ -25,8 +25,9 @@ from sla2.record import Record, write_provenance, write_records
 from sla2.variant import Variant
 from sla2.video import read_video
 from sla2_eval.metrics.catalogue import METRICS
+from sla2_eval.metrics.fidelity import FLOOR, floor
 from sla2_eval.official import Official, weight_files
-from sla2_eval.video_scores import FIDELITY, Measured, VideoScores
+from sla2_eval.video_scores import FIDELITY, Measured, VideoScores, measure
 
 
 def main() -> None:
@@ -58,6 +59,8 @@ def main() -> None:
     is_reference = args.reference.resolve() in [folder.resolve() for folder in args.videos]
     if is_reference:
         absent |= dict.fromkeys(FIDELITY, "these videos are the reference of fidelity")
+    else:
+        absent |= dict.fromkeys(FLOOR, "measured on the untouched dense model only")
     records = [rows.record(Measured(metric, None, "", reason)) for metric, reason in absent.items()]
     reference = {} if is_reference else manifest(args.reference)
     for folder in args.videos:
@@ -138,6 +141,19 @@ def of_video(
         else:
             dense, _ = read_video(reference_folder / other["file"])
     yield from scores.of(frames, prompt, dense, fps, folder / entry["file"])
+    if not reference:
+        yield from noise_floor(folder, entry, frames)
+
+
+def noise_floor(folder: Path, entry: dict, frames: torch.Tensor) -> Iterator[Measured]:
+    """Fidelity of a dense video to the dense one of the next sampling seed, the first one after the last."""
+    seeds = sorted(seed for prompt, seed in manifest(folder) if prompt == entry["prompt_id"])
+    if len(seeds) < 2:
+        yield from (Measured(name, None, "", "the study has one sampling seed") for name in FLOOR)
+        return
+    after = seeds[(seeds.index(entry["seed"]) + 1) % len(seeds)]
+    other, _ = read_video(folder / manifest(folder)[entry["prompt_id"], after]["file"])
+    yield from measure(FLOOR, "torchmetrics/cpu", lambda: floor(frames.numpy(), other.numpy()))
 
 
 def attention_records(args: argparse.Namespace, rows: Rows, device: torch.device) -> Iterator[Record]:

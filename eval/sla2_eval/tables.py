@@ -26,7 +26,12 @@ from sla2_eval.response import COLUMNS as VALIDITY_COLUMNS
 from sla2_eval.summary import COLUMNS, summarise
 from sla2_eval.table_set import SUMMARIES
 
-TABLE_OF = {"fidelity": "fidelity", "attention": "attention", "sparsity": "attention"}  # by prefix; others are quality
+TABLE_OF = {
+    "fidelity": "fidelity",
+    "floor": "fidelity",
+    "attention": "attention",
+    "sparsity": "attention",
+}  # by prefix; others are quality
 TRAINING_COLUMNS = ("study", "stage", "run", "train_seed", "phase", "split", "metric", "step", "value")
 SHEET_COLUMNS = ("variant", "attention", "router", "mixing", "quantization", "sparsity", "finetune")
 STAGES = ("base_model", "stage1", "stage2")

@@ -109,7 +109,7 @@ class VideoScores:
         for names, backend, compute in self._families(frames.numpy(), prompt, reference, fps, path):
             names = [name for name in names if self._wants(name) and name not in absent]
             if names:
-                yield from _measure(names, backend, compute)
+                yield from measure(names, backend, compute)
 
     def _wants(self, name: str) -> bool:
         return self.wanted is None or name in self.wanted
@@ -159,7 +159,7 @@ def canonical_masks() -> dict[str, np.ndarray]:
     return {name: (distance(u, v) < 0).numpy() for name, distance in render.DISTANCES.items()}
 
 
-def _measure(names, backend: str, compute: Callable[[], dict]) -> Iterator[Measured]:
+def measure(names, backend: str, compute: Callable[[], dict]) -> Iterator[Measured]:
     """Values of these metrics; the reason of one that has none, or one reason for all of them."""
     try:
         values = compute()

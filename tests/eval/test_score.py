@@ -1,6 +1,7 @@
 """Step score by its command: records of a tiny folder of videos, complete, and refused where files do not fit."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -10,9 +11,10 @@ from sla2 import grammar
 from sla2.data import Clips
 from sla2.errors import UserError
 from sla2.record import read_records
-from sla2.video import write_lossless
+from sla2.video import read_video, write_lossless
 from sla2_eval import score
 from sla2_eval.metrics.catalogue import METRICS
+from sla2_eval.metrics.fidelity import fidelity
 
 ROWS = {
     "base": {"variant": "base", "attention": "full", "router": "none", "mixing": "none", "sparsity": 0.0},
@@ -92,6 +94,26 @@ def test_fidelity_is_to_the_same_noise(records):
 def test_the_reference_has_no_fidelity_to_itself(records):
     found = [r for r in records["base"] if r.metric.startswith("fidelity.")]
     assert [r.reason for r in found] == ["these videos are the reference of fidelity"] * 3
+
+
+def test_the_floor_is_the_next_seed_of_the_dense_model(records, videos, tmp_path):
+    found = [r for r in records["base"] if r.metric.startswith("floor.")]
+    assert {r.reason for r in found} == {"the study has one sampling seed"}
+    assert {r.reason for r in records["mine"] if r.metric.startswith("floor.")} == {
+        "measured on the untouched dense model only"
+    }
+    folder = tmp_path / "seed0"
+    shutil.copytree(videos / "base/seed0", folder)
+    entries = [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()]
+    lines = [json.dumps(entry | {"prompt_id": "p0", "seed": seed}) for seed, entry in enumerate(entries)]
+    (folder / "manifest.jsonl").write_text("\n".join(lines) + "\n")
+    first, second = (json.loads(line) for line in lines)
+    frames, other = (read_video(folder / entry["file"])[0] for entry in (first, second))
+    rows = {m.metric: m.value for m in score.noise_floor(folder, first, frames)}
+    assert rows["floor.psnr"] == pytest.approx(fidelity(frames.numpy(), other.numpy())["fidelity.psnr"])
+    assert 5 < rows["floor.psnr"] < 40
+    again = {m.metric: m.value for m in score.noise_floor(folder, second, other)}
+    assert again == pytest.approx(rows)
 
 
 def test_attention_is_per_layer(records):

@@ -17,7 +17,7 @@ from sla2_eval.official import FILES, NEEDS, NO_COMMAND
 from sla2_eval.video_scores import FIDELITY, NO_JUDGE, VideoScores, canonical_masks
 
 CPU = torch.device("cpu")
-OF_VIDEOS = {name for name in METRICS if not name.startswith(("attention.", "sparsity."))}
+OF_VIDEOS = {name for name in METRICS if not name.startswith(("attention.", "sparsity.", "floor."))}
 JUDGED = ("color", "shape", "direction")
 OFFICIAL = {*NEEDS, "vision_reward"}
 INDOMAIN = ("proxy.text_alignment_clip_indomain", "proxy.frame_consistency_clip_indomain")

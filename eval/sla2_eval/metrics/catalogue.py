@@ -22,6 +22,9 @@ METRICS = {
     "fidelity.psnr": Metric("dB", UP),
     "fidelity.psnr_pooled": Metric("dB", UP),
     "fidelity.ssim": Metric("1", UP),
+    # How far the untouched dense model's own videos of one prompt are from each other: what fidelity is read against.
+    "floor.psnr": Metric("dB", NEITHER),
+    "floor.ssim": Metric("1", NEITHER),
     # Recovered from the frames and compared with the prompt: the headline of synthetic studies.
     "oracle.presence": Metric("1", UP),
     "oracle.color": Metric("1", UP),

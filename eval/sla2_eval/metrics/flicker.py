@@ -1,8 +1,10 @@
 """Temporal flickering: how much pixels change from one frame to the next."""
 
+import itertools
+
 import numpy as np
 
-from sla2_eval.metrics.frames import UndefinedError, as_float
+from sla2_eval.metrics.frames import UndefinedError, as_array, as_float
 
 
 def temporal_flickering(video) -> float:
@@ -22,7 +24,12 @@ def temporal_flickering(video) -> float:
     Raises:
         UndefinedError: as above.
     """
-    frames = as_float(video)
+    frames = as_array(video)
     if len(frames) < 2:
         raise UndefinedError("temporal flickering needs two frames")
-    return float(1.0 - np.abs(np.diff(frames, axis=0)).mean(dtype=np.float64) / 255.0)
+    # Pair by pair: floats of a whole clip are a hundred times a processor's cache.
+    changes = [
+        np.abs(as_float(b) - as_float(a)).mean(dtype=np.float64)
+        for a, b in itertools.pairwise(frames[t : t + 1] for t in range(len(frames)))
+    ]
+    return float(1.0 - np.mean(changes) / 255.0)

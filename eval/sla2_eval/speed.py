@@ -1,0 +1,161 @@
+"""How many videos a minute each metric scores: clips of 81 x 480 x 832, networks of full size with random weights.
+
+    python -m sla2_eval.speed --output results/reference/eval-speed-cpu/summary.csv
+    python -m sla2_eval.speed --device cuda --output results/reference/eval-speed-h200/summary.csv
+
+One process with one CPU thread, as `sla2-eval` runs it: two workers score twice as many. On a CPU the seconds are those of the core, so that
+other work on the machine does not count; on a GPU they are of the clock. Reading the file is a row of its own, as it is
+done once for all metrics. A row that found no time says so.
+"""
+
+import argparse
+import csv
+import io
+import tempfile
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from torch import nn
+
+from sla2 import grammar
+from sla2.device import claim_device
+from sla2.errors import run_main
+from sla2.files import write_atomic
+from sla2.progress import say
+from sla2.prompts import Prompt
+from sla2.record import write_provenance
+from sla2.video import read_video, write_mp4
+from sla2_eval.metrics.catalogue import METRICS
+from sla2_eval.official import CLIPS, NEEDS, Official, WeightFile
+from sla2_eval.video_scores import VideoScores
+
+SIZE = (81, 480, 832)
+FPS = 16
+WORDS = {"color": "red", "shape": "circle", "direction": "right"}
+PROMPT = Prompt("p", grammar.caption(WORDS), WORDS)
+# What one call computes together, cheap ones first.
+TOGETHER = ("guard.", "fidelity.", "oracle.")
+ALSO = {
+    "proxy.interp_gain": "proxy.motion_smoothness_dis",
+    "proxy.flow_top5": "proxy.dynamic_degree_dis",
+}  # one call gives both
+COLUMNS = ("device", "metric", "seconds", "videos_per_minute", "reason")
+
+
+def clip(size: tuple[int, int, int]) -> np.ndarray:
+    """A smooth texture with grain that moves by two pixels a frame: uint8 (T, H, W, 3)."""
+    frames, height, width = size
+    draw = np.random.default_rng(0)
+    coarse = draw.integers(0, 256, (height // 16 + 1, (width + 2 * frames) // 16 + 1, 3)).astype(np.uint8)
+    wide = cv2.resize(coarse, (width + 2 * frames, height), interpolation=cv2.INTER_CUBIC)
+    grain = draw.normal(0, 2, (height, width, 3))
+    video = np.stack([wide[:, 2 * t : 2 * t + width] for t in range(frames)])
+    return np.clip(video + grain, 0, 255).astype(np.uint8)
+
+
+def random_network(key: str) -> nn.Module:
+    """The architecture of published weights, at random."""
+    import open_clip
+    from torchvision.models.optical_flow import raft_large
+
+    from sla2_eval.networks.dino import Dino
+    from sla2_eval.networks.musiq import Musiq
+    from sla2_eval.networks.viclip import ViClip
+
+    if key in CLIPS:
+        return open_clip.create_model(CLIPS[key], load_weights=False)
+    return {
+        "laion_aesthetic": lambda: nn.Linear(768, 1),
+        "dino_vitb16": Dino,
+        "musiq_spaq": Musiq,
+        "raft_things": lambda: raft_large(weights=None),
+        "viclip": ViClip,
+    }[key]()
+
+
+class RandomOfficial(Official):
+    """Official metrics whose networks have random weights; their values mean nothing, their times do."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__({key: WeightFile(Path(), "") for keys in NEEDS.values() for key in keys}, device)
+
+    def network(self, key: str) -> nn.Module:
+        """A network, made when it is first asked for."""
+        if key not in self._loaded:
+            torch.manual_seed(0)
+            self._loaded[key] = random_network(key).eval().requires_grad_(False).to(self.device)
+        return self._loaded[key]
+
+
+def measure(device: torch.device, size: tuple[int, int, int], judge: Path | None, deadline: float):
+    """Rows of every metric, as they are measured; the second call of each on a GPU, as the first loads and compiles."""
+    frames = torch.from_numpy(clip(size))
+    clock = time.perf_counter if device.type == "cuda" else time.process_time
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "clip.mp4"
+        write_mp4(path, frames, FPS)
+        began = clock()
+        frames, fps = read_video(path)
+        yield row(device, "(reading the file)", clock() - began)
+    wanted = [name for name in METRICS if not name.startswith(("attention.", "sparsity.", "floor.", "vision_reward"))]
+    scores = VideoScores(None, judge, [PROMPT], device, RandomOfficial(device))
+    absent = scores.absent()
+    names = [name for name in wanted if name not in absent]
+    groups = [[n for n in names if n.startswith(start)] for start in TOGETHER]
+    groups += [[name] for name in names if not name.startswith(TOGETHER) and name not in ALSO]
+    groups.sort(
+        key=lambda group: "raft_things" in NEEDS.get(group[0], ()) if group else False
+    )  # minutes a clip on a CPU
+    for group in groups:
+        label = " ".join(group)
+        if not group:
+            continue
+        if time.monotonic() > deadline:
+            yield row(device, label, None, "not measured: the time that the command was given is spent")
+            continue
+        scores.wanted = set(group)
+        for key in NEEDS.get(group[0], ()):
+            scores.official.network(key)
+        for _ in range(2 if device.type == "cuda" else 1):
+            began = clock()
+            for _ in scores.of(frames, PROMPT, frames, fps, Path()):
+                pass
+            seconds = clock() - began
+        yield row(device, label, seconds)
+
+
+def row(device: torch.device, metric: str, seconds: float | None, reason: str = "") -> dict:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    rate = None if not seconds else 60 / seconds
+    return {"device": name, "metric": metric, "seconds": seconds, "videos_per_minute": rate, "reason": reason}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--judge", type=Path, help="folder of a trained judge, for the metrics of a domain")
+    parser.add_argument("--budget-s", type=float, default=540.0, help="seconds after which nothing new is begun")
+    parser.add_argument("--output", type=Path, required=True, help="CSV file")
+    args = parser.parse_args()
+    deadline = time.monotonic() + args.budget_s
+    device = claim_device({"device": args.device, "threads": 1})
+    cv2.setNumThreads(1)
+    rows = []
+    write_provenance(args.output, {"size": SIZE, "fps": FPS, "device": args.device})
+    for entry in measure(device, SIZE, args.judge, deadline):
+        found = f"{entry['seconds']:.2f} s" if entry["seconds"] is not None else entry["reason"]
+        say(f"speed: {entry['metric']}: {found}")
+        rows.append(entry)
+        text = io.StringIO()
+        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        for one in rows:
+            writer.writerow({k: "" if v is None else f"{v:.4g}" if isinstance(v, float) else v for k, v in one.items()})
+        write_atomic(args.output, text.getvalue())
+
+
+if __name__ == "__main__":
+    run_main(main)
