@@ -42,7 +42,8 @@ WARP_LEVEL = HOPPER | {
     "low_bit_forward": Config(BM=128, BN=128, num_warps=8, num_stages=2),
     "key_backward": Config(BM=64, BN=64, num_warps=8, num_stages=2),
 }
-CONFIGS = {80: WARP_LEVEL, 86: WARP_LEVEL, 89: WARP_LEVEL, 90: HOPPER, 100: HOPPER, 120: WARP_LEVEL}
+BLACKWELL = HOPPER | {"low_bit_forward": Config(BM=128, BN=128, num_warps=8, num_stages=2)}
+CONFIGS = {80: WARP_LEVEL, 86: WARP_LEVEL, 89: WARP_LEVEL, 90: HOPPER, 100: BLACKWELL, 120: WARP_LEVEL}
 # Three TF32 products a dot keep two copies of each operand in shared memory.
 FP32 = Config(BM=32, BN=32, num_warps=4, num_stages=1)
 
