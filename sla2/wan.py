@@ -101,14 +101,20 @@ class AttentionProcessor(nn.Module):
             q, k, v = attn.to_qkv(hidden_states).chunk(3, dim=-1)
         else:
             q, k, v = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
-        q, k = attn.norm_q(q), attn.norm_k(k)  # over all heads together, before they are split
+        q, k = rms_norm(attn.norm_q, q), rms_norm(attn.norm_k, k)  # over all heads together, before they are split
         q, k, v = (x.unflatten(2, (attn.heads, -1)) for x in (q, k, v))  # (B, N, H, D)
         if rotary_emb is not None:
             q, k = rotate(q, *rotary_emb), rotate(k, *rotary_emb)
-        # Under autocast the norms leave q and k wider than v.
-        q, k, v = (x.transpose(1, 2).to(v.dtype).contiguous() for x in (q, k, v))  # (B, H, N, D)
+        q, k, v = (x.transpose(1, 2).to(v.dtype) for x in (q, k, v))  # (B, H, N, D)
+        if not q.is_cuda:  # the kernels take any strides; the reference's matrix products are slower on views
+            q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         out = self.attention(q, k, v).transpose(1, 2).flatten(2, 3).type_as(hidden_states)
         return attn.to_out[1](attn.to_out[0](out))
+
+
+def rms_norm(norm: nn.RMSNorm, x: Tensor) -> Tensor:
+    """The norm in the dtype of x, as at inference: under autocast the weight is wider, so torch would widen x and not fuse."""
+    return F.rms_norm(x, norm.normalized_shape, norm.weight.to(x.dtype), norm.eps)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
