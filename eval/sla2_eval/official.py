@@ -21,6 +21,7 @@ from sla2.errors import UserError
 from sla2.files import sha256_file
 from sla2_eval.metrics import vbench
 from sla2_eval.metrics.frames import UndefinedError
+from sla2_eval.networks.amt import load_amt
 from sla2_eval.networks.clip import NAMES as CLIPS
 from sla2_eval.networks.clip import load_aesthetic_head, load_clip
 from sla2_eval.networks.dino import load_dino
@@ -56,9 +57,7 @@ LOADERS = {
     "raft_things": load_raft,
     "musiq_spaq": load_musiq,
     "viclip": load_viclip,
-}
-NOT_PORTED = {
-    "vbench.motion_smoothness": "not available: AMT-S has no port here; take it from VBench itself, by vbench-export"
+    "amt_s": load_amt,
 }
 VISION_REWARD = "vision_reward"  # a metric and a key of its own: a command of the user's
 NO_COMMAND = "not available: needs a command that runs THUDM/VisionReward-Video (as `vision_reward`)"
@@ -190,8 +189,6 @@ class Official:
             if missing:
                 names = " and ".join(f"{FILES[key]} (as `{key}`)" for key in missing)
                 reasons[metric] = f"not available: needs the weights {names}"
-            elif metric in NOT_PORTED:
-                reasons[metric] = NOT_PORTED[metric]
         if VISION_REWARD not in self.files:
             reasons[VISION_REWARD] = NO_COMMAND
         return reasons
@@ -212,6 +209,7 @@ class Official:
             "vbench.aesthetic_quality": lambda: vbench.aesthetic_quality(
                 frames, self.network("clip_vit_l14").encode_image, self.network("laion_aesthetic"), self.device
             ),
+            "vbench.motion_smoothness": lambda: vbench.motion_smoothness(frames, self.network("amt_s"), self.device),
             "vbench.subject_consistency": lambda: vbench.subject_consistency(
                 frames, self.network("dino_vitb16"), self.device
             ),

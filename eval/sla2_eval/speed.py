@@ -61,6 +61,7 @@ def random_network(key: str) -> nn.Module:
     import open_clip
     from torchvision.models.optical_flow import raft_large
 
+    from sla2_eval.networks.amt import AmtS
     from sla2_eval.networks.dino import Dino
     from sla2_eval.networks.musiq import Musiq
     from sla2_eval.networks.viclip import ViClip
@@ -68,6 +69,7 @@ def random_network(key: str) -> nn.Module:
     if key in CLIPS:
         return open_clip.create_model(CLIPS[key], load_weights=False)
     return {
+        "amt_s": AmtS,
         "laion_aesthetic": lambda: nn.Linear(768, 1),
         "dino_vitb16": Dino,
         "musiq_spaq": Musiq,

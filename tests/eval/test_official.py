@@ -15,7 +15,7 @@ from sla2.prompts import Prompt
 from sla2_eval import official
 from sla2_eval.metrics import vbench
 from sla2_eval.metrics.frames import UndefinedError
-from sla2_eval.networks import clip, dino, loading, musiq, raft, viclip
+from sla2_eval.networks import amt, clip, dino, loading, musiq, raft, viclip
 from sla2_eval.video_scores import VideoScores
 
 CPU = torch.device("cpu")
@@ -204,6 +204,60 @@ def test_static_filter() -> None:
         vbench.static_flickering(video, drifts, CPU)
 
 
+def test_motion_smoothness_by_hand() -> None:
+    greys = [
+        10,
+        40,
+        21,
+        0,
+        200,
+        90,
+    ]  # means of the even ones: 15.5, cut to 15, and 110.5, cut to 110; the last frame is left alone
+    video = np.full((6, 16, 16, 3), 1, np.uint8) * np.array(greys, np.uint8)[:, None, None, None]
+    found = vbench.motion_smoothness(video, lambda before, after: (before + after) / 2, CPU)
+    assert found == pytest.approx(1 - (25 + 110) / 2 / 255)
+    with pytest.raises(UndefinedError, match="three frames"):
+        vbench.motion_smoothness(video[:2], lambda before, after: before, CPU)
+
+
+def test_amt_fetches_from_where_the_flow_points() -> None:
+    image = torch.arange(20.0).reshape(1, 1, 4, 5)
+    flow = torch.zeros(1, 2, 4, 5)
+    flow[:, 0] = 1
+    torch.testing.assert_close(amt.warped(image, flow)[0, 0, 1], torch.tensor([6.0, 7, 8, 9, 9]))
+    flow[:, 0], flow[:, 1] = 0, -1.5
+    torch.testing.assert_close(amt.warped(image, flow)[0, 0, :, 0], torch.tensor([0.0, 0, 2.5, 7.5]))
+
+
+def test_amt_correlation_looks_both_ways() -> None:
+    first, second = torch.randn(2, 1, 84, 16, 16)
+    correlation = amt.Correlation(first, second)
+    flow0, flow1 = torch.zeros(2, 1, 2, 16, 16)
+    flow1[:, 0] = 1  # from the frame between one pixel right to the second: doubled, two from the first
+    found = correlation.look_up(flow0, flow1)
+    assert found.shape == (1, 2 * 4 * 49, 16, 16)
+    middle = 24  # of 49 offsets
+    expected = (first[0, :, 5, 6] @ second[0, :, 5, 8]) / 84**0.5
+    torch.testing.assert_close(found[0, middle, 5, 6], expected, atol=1e-4, rtol=1e-4)
+    back = (second[0, :, 5, 6] @ first[0, :, 5, 6]) / 84**0.5
+    torch.testing.assert_close(found[0, 4 * 49 + middle, 5, 6], back, atol=1e-4, rtol=1e-4)
+    along_x = (first[0, :, 5, 6] @ second[0, :, 5, 9]) / 84**0.5  # the row of the offsets runs along x, as published
+    torch.testing.assert_close(found[0, middle + 7, 5, 6], along_x, atol=1e-4, rtol=1e-4)
+
+
+def test_amt_answers_a_frame_of_any_size() -> None:
+    model = amt.AmtS().eval()
+    before, after = torch.rand(2, 1, 3, 70, 90)
+    with torch.no_grad():
+        found = model(before, after)
+        assert found.shape == before.shape
+        assert 0 <= found.min() <= found.max() <= 1
+        for parameter in model.parameters():
+            parameter.zero_()
+        # Without any weight there is no flow: the mean of both, for the mask is a half everywhere.
+        torch.testing.assert_close(model(before, after), (before + after) / 2, atol=1e-4, rtol=0)
+
+
 def published_raft(state: dict) -> dict:
     """The same tensors under the names of the original checkpoint, the norms of shortcuts twice."""
     names = {}
@@ -286,6 +340,7 @@ def test_published_sizes() -> None:
     """Parameters of the full architectures, without memory for them."""
     with torch.device("meta"):
         assert sum(p.numel() for p in musiq.Musiq().parameters()) == 27_125_825
+        assert sum(p.numel() for p in amt.AmtS().parameters()) == 2_990_543  # 3.0 M in its paper
         model = viclip.ViClip()
         assert sum(p.numel() for p in dino.Dino().parameters()) == 85_798_656
     names = {name: tuple(p.shape) for name, p in model.state_dict().items()}
@@ -359,18 +414,17 @@ def test_every_metric_runs_from_its_file(tmp_path, monkeypatch) -> None:
         "clip_vit_b32": Clip(), "clip_vit_l14": Clip(), "laion_aesthetic": torch.nn.Linear(3, 1), "viclip": Video(),
         "dino_vitb16": dino.Dino(img_size=32, patch_size=16, embed_dim=24, depth=1, num_heads=2).eval(),
         "musiq_spaq": musiq.Musiq(width=12, layers=1, heads=2, hidden=16).eval(),
-        "raft_things": torch.nn.Identity(),
+        "raft_things": torch.nn.Identity(), "amt_s": lambda before, after: before,
     }  # fmt: skip
     scores = official.Official(loaded, CPU)
     scores._loaded = stands
     monkeypatch.setattr(official, "speeds", lambda model, before, after: flow(0.1)(before, after))
-    assert set(scores.absent()) == {"vbench.motion_smoothness", "vision_reward"}
+    assert set(scores.absent()) == {"vision_reward"}
     prompt = Prompt("p", "a disc", {})
     found = VideoScores(None, None, [prompt], CPU, scores)
     measured = found.of(torch.from_numpy(moving_disc(0)), prompt, None, 8, tmp_path / "v.mp4")
     rows = {row.metric: row for row in measured}
     for metric in official.NEEDS:
-        if metric != "vbench.motion_smoothness":
-            assert rows[metric].value is not None, rows[metric]
+        assert rows[metric].value is not None, rows[metric]
     assert rows["vbench.overall_consistency"].value == pytest.approx(0.2)
     assert rows["vbench.dynamic_degree"].value == 0
