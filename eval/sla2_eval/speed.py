@@ -5,7 +5,7 @@
 
 One process with one CPU thread, as `sla2-eval` runs it: two workers score twice as many. On a CPU the seconds are those of the core, so that
 other work on the machine does not count; on a GPU they are of the clock. Reading the file is a row of its own, as it is
-done once for all metrics. A row that found no time says so.
+done once for all metrics. A row that found no time says so; the same command goes on with it.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import csv
 import io
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import cv2
@@ -42,6 +43,7 @@ ALSO = {
     "proxy.interp_gain": "proxy.motion_smoothness_dis",
     "proxy.flow_top5": "proxy.dynamic_degree_dis",
 }  # one call gives both
+DEAR = ("dino_vitb16", "clip_vit_b32", "viclip", "musiq_spaq", "clip_vit_l14", "amt_s", "raft_things")
 COLUMNS = ("device", "metric", "seconds", "videos_per_minute", "reason")
 
 
@@ -92,8 +94,22 @@ class RandomOfficial(Official):
         return self._loaded[key]
 
 
-def measure(device: torch.device, size: tuple[int, int, int], judge: Path | None, deadline: float):
-    """Rows of every metric, as they are measured; the second call of each on a GPU, as the first loads and compiles."""
+def cost(group: list[str]) -> int:
+    """Place in the order of measuring: what takes minutes a clip on a CPU comes last."""
+    keys = NEEDS.get(group[0], ())
+    return next((place for place, key in enumerate(DEAR, start=1) if key in keys), 0)
+
+
+def measure(
+    device: torch.device, size: tuple[int, int, int], judge: Path | None, deadline: float, known: dict[str, dict]
+) -> Iterator[dict]:
+    """Rows of every metric, as they are measured; the second call of each on a GPU, as the first loads and compiles.
+
+    Args:
+        size: frames, height, width; judge: folder of a trained judge.
+        deadline: `time.monotonic()` after which nothing new is begun.
+        known: rows of an earlier run by metric, which are not measured again.
+    """
     frames = torch.from_numpy(clip(size))
     clock = time.perf_counter if device.type == "cuda" else time.process_time
     with tempfile.TemporaryDirectory() as folder:
@@ -108,24 +124,26 @@ def measure(device: torch.device, size: tuple[int, int, int], judge: Path | None
     names = [name for name in wanted if name not in absent]
     groups = [[n for n in names if n.startswith(start)] for start in TOGETHER]
     groups += [[name] for name in names if not name.startswith(TOGETHER) and name not in ALSO]
-    groups.sort(
-        key=lambda group: "raft_things" in NEEDS.get(group[0], ()) if group else False
-    )  # minutes a clip on a CPU
-    for group in groups:
+    for group in sorted(filter(None, groups), key=cost):
         label = " ".join(group)
-        if not group:
+        if label in known:
+            yield known[label]
             continue
         if time.monotonic() > deadline:
             yield row(device, label, None, "not measured: the time that the command was given is spent")
             continue
-        scores.wanted = set(group)
-        for key in NEEDS.get(group[0], ()):
-            scores.official.network(key)
-        for _ in range(2 if device.type == "cuda" else 1):
-            began = clock()
-            for _ in scores.of(frames, PROMPT, frames, fps, Path()):
-                pass
-            seconds = clock() - began
+        scores.wanted, keys = set(group), NEEDS.get(group[0], ())
+        try:
+            for key in keys:
+                scores.official.network(key)
+            for _ in range(2 if keys and device.type == "cuda" else 1):
+                began = clock()
+                for _ in scores.of(frames, PROMPT, frames, fps, Path()):
+                    pass
+                seconds = clock() - began
+        except ImportError as error:  # of a library that one metric needs and this machine lacks
+            yield row(device, label, None, f"not measured: {error}")
+            continue
         yield row(device, label, seconds)
 
 
@@ -133,6 +151,15 @@ def row(device: torch.device, metric: str, seconds: float | None, reason: str = 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     rate = None if not seconds else 60 / seconds
     return {"device": name, "metric": metric, "seconds": seconds, "videos_per_minute": rate, "reason": reason}
+
+
+def measured_before(path: Path) -> dict[str, dict]:
+    """Rows with a time of a file that an earlier run wrote, by metric."""
+    if not path.is_file():
+        return {}
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["seconds"]]
+    return {row["metric"]: row | {name: float(row[name]) for name in ("seconds", "videos_per_minute")} for row in rows}
 
 
 def main() -> None:
@@ -147,8 +174,8 @@ def main() -> None:
     cv2.setNumThreads(1)
     rows = []
     write_provenance(args.output, {"size": SIZE, "fps": FPS, "device": args.device})
-    for entry in measure(device, SIZE, args.judge, deadline):
-        found = f"{entry['seconds']:.2f} s" if entry["seconds"] is not None else entry["reason"]
+    for entry in measure(device, SIZE, args.judge, deadline, measured_before(args.output)):
+        found = f"{entry['seconds']:.2f} s" if entry["seconds"] else entry["reason"]
         say(f"speed: {entry['metric']}: {found}")
         rows.append(entry)
         text = io.StringIO()

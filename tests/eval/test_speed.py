@@ -40,7 +40,7 @@ def test_clip_has_the_size_and_moves() -> None:
 
 
 def test_every_metric_is_timed_once(small) -> None:
-    rows = list(speed.measure(CPU, (5, 48, 64), None, time.monotonic() + 60))
+    rows = list(speed.measure(CPU, (5, 48, 64), None, time.monotonic() + 60, {}))
     names = [name for row in rows for name in row["metric"].split() if "(" not in row["metric"]]
     assert len(set(names)) == len(names)
     for name in ("temporal_flickering", "guard.blank", "oracle.all", "fidelity.ssim", "vbench.aesthetic_quality"):
@@ -51,6 +51,16 @@ def test_every_metric_is_timed_once(small) -> None:
 
 
 def test_a_spent_budget_is_a_reason(small) -> None:
-    rows = list(speed.measure(CPU, (5, 48, 64), None, time.monotonic() - 1))
+    rows = list(speed.measure(CPU, (5, 48, 64), None, time.monotonic() - 1, {}))
     assert rows[0]["metric"] == "(reading the file)"
     assert all("is spent" in row["reason"] and row["seconds"] is None for row in rows[1:])
+
+
+def test_what_an_earlier_run_measured_is_kept(small, tmp_path) -> None:
+    (tmp_path / "s.csv").write_text(
+        "device,metric,seconds,videos_per_minute,reason\ncpu,temporal_flickering,7.5,8,\ncpu,vbench.imaging_quality,,,spent\n"
+    )
+    known = speed.measured_before(tmp_path / "s.csv")
+    assert set(known) == {"temporal_flickering"}
+    rows = {row["metric"]: row for row in speed.measure(CPU, (5, 48, 64), None, time.monotonic() - 1, known)}
+    assert rows["temporal_flickering"]["seconds"] == 7.5
