@@ -319,7 +319,10 @@ def main() -> None:
     parser.add_argument("config", type=Path, help="YAML file of the study to rehearse")
     parser.add_argument("--size", choices=SIZES, required=True, help="size of the random weights")
     parser.add_argument(
-        "--work", type=Path, required=True, help="folder for weights, videos and results; about 45 GB for 1.3b"
+        "--work",
+        type=Path,
+        required=True,
+        help="folder for weights, videos and results; 60 GB for 1.3b, 35 without a checkpoint",
     )
     parser.add_argument("--output", type=Path, required=True, help="folder for what was measured")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=[part for part in PARTS if part != "compiled"])

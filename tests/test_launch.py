@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from sla2 import launch
+from sla2 import device, launch
 from sla2.errors import UserError
 
 
@@ -37,6 +37,18 @@ def test_nodes_of_a_slurm_job_each_start_a_launcher(tmp_path, monkeypatch):
     assert options["--machine_rank"] == "1"
     assert options["--main_process_ip"] == "node7"
     assert words[-4:] == ["--module", "sla2.stage2", "--settings", '{"a": "it\'s"}']
+
+
+def test_a_gpu_is_held_by_one_job_and_what_is_not_needed_is_let_go(tmp_path, monkeypatch):
+    monkeypatch.setattr(device.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(device.torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(device, "_LOCKS", [])
+    assert device.lock_gpus(1) == [0]
+    assert device.lock_gpus(2) == [1, 2]
+    device._LOCKS.pop(0).close()  # the first job ends
+    assert device.lock_gpus(1) == [0]
+    with pytest.raises(UserError, match="4 wanted, this machine has 3"):
+        device.lock_gpus(4)
 
 
 def test_nodes_without_slurm_are_refused(monkeypatch):
