@@ -23,6 +23,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -36,7 +37,7 @@ from sla2.variant import Variant
 
 PARTS = ("weights", "data", "base_model", "stage1", "stage2", "generate", "training", "forward", "compiled")
 ROW = "sla2-97"
-CLIPS = {"train": 4, "heldout": 2, "judge": 0, "judge_heldout": 0}
+CLIPS = {"train": 3, "heldout": 2, "judge": 0, "judge_heldout": 0}
 
 
 def rehearsed(study: Study, work: Path, row: str) -> dict:
@@ -83,11 +84,15 @@ def write_videos(work: Path, study: Study) -> None:
     from sla2.render import render
     from sla2.video import write_mp4
 
-    rows, video = ["file,caption"], study.config["data"]["video"]
-    for index in range(CLIPS["train"] + CLIPS["heldout"]):
+    video = study.config["data"]["video"]
+
+    def write(index: int) -> str:
         scene = scenes.sample(scenes.SIMPLE, video, study.config["seed"], "rehearsal", index)
         write_mp4(work / f"videos/{index:03d}.mp4", render([scene], **video)[0], video["fps"])
-        rows.append(f'{index:03d}.mp4,"{grammar.caption(grammar.attributes(scene))}"')
+        return f'{index:03d}.mp4,"{grammar.caption(grammar.attributes(scene))}"'
+
+    with ThreadPoolExecutor(study.config["threads"]) as pool:
+        rows = ["file,caption", *pool.map(write, range(CLIPS["train"] + CLIPS["heldout"]))]
     write_atomic(work / "videos/captions.csv", "\n".join(rows) + "\n")
 
 
