@@ -43,9 +43,8 @@ CLIPS = {"train": 3, "heldout": 2, "judge": 0, "judge_heldout": 0}
 def rehearsed(study: Study, work: Path, row: str) -> dict:
     """The study's config with random weights, our videos, one prompt and a few steps of everything."""
     work = work.resolve()
-    room = (
-        shutil.disk_usage(work).free > 50e9
-    )  # for the weights of 1.3b, a checkpoint of them with AdamW's, and the result
+    # For the weights of 1.3b, a checkpoint with AdamW's state, the best weights and the result.
+    room = shutil.disk_usage(work).free > 62e9
     changes = {
         "study": "rehearsal",
         "prompts": str(work / "prompts.tsv"),
