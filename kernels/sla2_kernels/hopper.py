@@ -46,7 +46,7 @@ BLOCK_Q, BLOCK_K = 128, 64
 # At the launch each of the 12 warps has the same share.
 GROUP_REGISTERS, FETCH_REGISTERS = gl.constexpr(240), gl.constexpr(24)
 LAUNCH_REGISTERS = 168
-STAGES = {"none": 2, "int8": 4, "fp8": 4, "int8-bf16": 2}
+STAGES = {"none": 2, "int8": 3, "fp8": 3, "int8-bf16": 2}
 
 
 @gluon.jit
@@ -188,7 +188,7 @@ def times_values(p, v_tiles, at, acc, LOW_PV: gl.constexpr):
 
 
 @gluon.jit
-def consume(HALF: gl.constexpr, o, o_sparse, q_ring, k_ring, v_ring, h_ring, ones, table, count, k_scale, v_scale,
+def consume(HALF: gl.constexpr, o, o_sparse, q_ring, k_ring, v_ring, h_ring, table, count, k_scale, v_scale,
             alpha, total, lse, H, NQ, N, T_m, blocks, query_blocks, entries, scale,
             D: gl.constexpr, BD: gl.constexpr, LINEAR: gl.constexpr, WEIGHTED: gl.constexpr, SAVE: gl.constexpr,
             LOW_QK: gl.constexpr, LOW_PV: gl.constexpr, FEATURE: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
@@ -200,7 +200,6 @@ def consume(HALF: gl.constexpr, o, o_sparse, q_ring, k_ring, v_ring, h_ring, one
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BD, 32 if LOW_PV else 16])
     WIDE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BD, 16])
     Q_ROWS: gl.constexpr = gl.DotOperandLayout(0, WIDE, 2)
-    COUNTS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 32])
     LINE: gl.constexpr = gl.SliceLayout(1, OUT)  # one number a row
     SCORE_LINE: gl.constexpr = gl.SliceLayout(1, SCORES)
     INT8: gl.constexpr = k_tiles.dtype == gl.int8
@@ -240,9 +239,8 @@ def consume(HALF: gl.constexpr, o, o_sparse, q_ring, k_ring, v_ring, h_ring, one
         top = gl.maximum(gl.max(scores_a, 1) * factor_a, gl.max(scores_b, 1) * factor_b)
         p_a = gl.exp2(scores_a * factor_a[:, None] - (top - SHIFT)[:, None])
         p_b = gl.exp2(scores_b * factor_b[:, None] - (top - SHIFT)[:, None])
-        BY_THREAD: gl.constexpr = gl.SliceLayout(1, sum_by_thread(scores_a).type.layout)
-        # With P in e4m3 a row's sum is a product too, with a column of ones: of P as it is rounded.
-        norm = gl.zeros([64, 8], gl.float32, layout=COUNTS) if LOW_PV else sum_by_thread(p_a) + sum_by_thread(p_b)
+        norm = sum_by_thread(p_a) + sum_by_thread(p_b)
+        BY_THREAD: gl.constexpr = gl.SliceLayout(1, norm.type.layout)
         p_a, p_b = carried(p_a, OUT, LOW_PV), carried(p_b, OUT, LOW_PV)
         acc = gl.zeros([64, BD], gl.float32, layout=OUT)
         pairs = kept // 2
@@ -260,15 +258,12 @@ def consume(HALF: gl.constexpr, o, o_sparse, q_ring, k_ring, v_ring, h_ring, one
             low_a, low_b = operand(p_a, OUT, LOW_PV), operand(p_b, OUT, LOW_PV)
             sums = times_values(low_a, v_tiles, 2 * v_slot, acc, LOW_PV)
             sums = times_values(low_b, v_tiles, 2 * v_slot + 1, sums, LOW_PV)
-            if LOW_PV:
-                counts = warpgroup_mma(low_a, ones.permute((1, 0)), norm, is_async=True)
-                counts = warpgroup_mma(low_b, ones.permute((1, 0)), counts, is_async=True)
             if LOW_QK:
                 factor_a, factor_b = factor * scale_a, factor * scale_b
                 scale_a, scale_b = gl.load(k_scales + block_a), gl.load(k_scales + block_b)
                 block_a = gl.load(line + 2 * step + 3, mask=step + 2 < pairs, other=0)
                 block_b = gl.load(line + 2 * step + 4, mask=step + 2 < pairs, other=0)
-            scores_a, scores_b = warpgroup_mma_wait(4 if LOW_PV else 2, deps=[pending_a, pending_b])
+            scores_a, scores_b = warpgroup_mma_wait(2, deps=[pending_a, pending_b])
             mbarrier.arrive(k_empty.index(slot), count=1)
             scores_a, scores_b = scores_a.to(gl.float32), scores_b.to(gl.float32)
             if LOW_QK:
@@ -282,18 +277,13 @@ def consume(HALF: gl.constexpr, o, o_sparse, q_ring, k_ring, v_ring, h_ring, one
             top = new_top
             next_a = gl.exp2(scores_a * factor_a[:, None] - (top - SHIFT)[:, None])
             next_b = gl.exp2(scores_b * factor_b[:, None] - (top - SHIFT)[:, None])
-            if not LOW_PV:
-                norm = norm * gl.convert_layout(shrink, BY_THREAD)[:, None] + (
-                    sum_by_thread(next_a) + sum_by_thread(next_b)
-                )
+            norm = norm * gl.convert_layout(shrink, BY_THREAD)[:, None] + (
+                sum_by_thread(next_a) + sum_by_thread(next_b)
+            )
             # The barrier stands here and not at the loop's head, or the compiler waits for P V before it takes the exponents.
             slot, parity = slot_of(turn + 2, STAGES)
             mbarrier.wait(k_full.index(slot), parity, pred=step + 1 < pairs)
-            if LOW_PV:
-                acc, norm, next_a, next_b = warpgroup_mma_wait(0, deps=[sums, counts, next_a, next_b])
-                norm *= gl.convert_layout(shrink, gl.SliceLayout(1, COUNTS))[:, None]
-            else:
-                acc, next_a, next_b = warpgroup_mma_wait(0, deps=[sums, next_a, next_b])
+            acc, next_a, next_b = warpgroup_mma_wait(0, deps=[sums, next_a, next_b])
             mbarrier.arrive(v_empty.index(v_slot), count=1)
             acc *= gl.convert_layout(shrink, LINE)[:, None]
             p_a, p_b = carried(next_a, OUT, LOW_PV), carried(next_b, OUT, LOW_PV)
@@ -303,12 +293,7 @@ def consume(HALF: gl.constexpr, o, o_sparse, q_ring, k_ring, v_ring, h_ring, one
         low_a, low_b = operand(p_a, OUT, LOW_PV), operand(p_b, OUT, LOW_PV)
         sums = times_values(low_a, v_tiles, 2 * slot, acc, LOW_PV)
         sums = times_values(low_b, v_tiles, 2 * slot + 1, sums, LOW_PV)
-        if LOW_PV:
-            counts = warpgroup_mma(low_a, ones.permute((1, 0)), norm, is_async=True)
-            counts = warpgroup_mma(low_b, ones.permute((1, 0)), counts, is_async=True)
-            acc, norm = warpgroup_mma_wait(0, deps=[sums, counts])
-        else:
-            acc = warpgroup_mma_wait(0, deps=[sums])
+        acc = warpgroup_mma_wait(0, deps=[sums])
         mbarrier.arrive(v_empty.index(slot), count=1)
         turn += 1
         if (kept % 2 == 1) & (kept > 1):  # the block that found no partner
@@ -328,16 +313,11 @@ def consume(HALF: gl.constexpr, o, o_sparse, q_ring, k_ring, v_ring, h_ring, one
             mbarrier.wait(v_full.index(slot), parity)
             low_last = operand(carried(p_last, OUT, LOW_PV), OUT, LOW_PV)
             sums = times_values(low_last, v_tiles, 2 * slot, acc, LOW_PV)
-            if LOW_PV:
-                norm *= gl.convert_layout(shrink, gl.SliceLayout(1, COUNTS))[:, None]
-                counts = warpgroup_mma(low_last, ones.permute((1, 0)), norm, is_async=True)
-                acc, norm = warpgroup_mma_wait(0, deps=[sums, counts])
-            else:
-                norm = norm * gl.convert_layout(shrink, BY_THREAD)[:, None] + sum_by_thread(p_last)
-                acc = warpgroup_mma_wait(0, deps=[sums])
+            norm = norm * gl.convert_layout(shrink, BY_THREAD)[:, None] + sum_by_thread(p_last)
+            acc = warpgroup_mma_wait(0, deps=[sums])
             mbarrier.arrive(v_empty.index(slot), count=1)
             turn += 1
-        row_sum = gl.convert_layout(gl.max(norm, 1) if LOW_PV else gl.sum(norm, 1), LINE)
+        row_sum = gl.convert_layout(gl.sum(norm, 1), LINE)
         out = acc * (1 / row_sum)[:, None]
         if LOW_PV:
             out *= gl.load(v_scale + i_bh * D + columns, mask=columns < D, other=0.0)[None, :]
@@ -366,7 +346,10 @@ def consume(HALF: gl.constexpr, o, o_sparse, q_ring, k_ring, v_ring, h_ring, one
             sums = warpgroup_mma(phi, h_tile.index(0), nothing, use_acc=False, is_async=True)
             linear = warpgroup_mma_wait(0, deps=[sums])
             mbarrier.arrive(h_empty.index(0), count=1)
-            out += gl.convert_layout(linear, OUT, assert_trivial=True) * share[:, None]
+            # Named as one operation: left to the compiler, training and inference would round differently.
+            out = gl.fma(
+                gl.convert_layout(linear, OUT, assert_trivial=True), share[:, None].broadcast_to([64, BD]), out
+            )
             if SAVE:
                 tma.store_wait(0)
         # The group's own rows of Q are the stage for O: stores straight from the registers took a tenth longer.
@@ -403,18 +386,12 @@ def _hopper_kernel(q, k, v, h, o, o_sparse, table, count, k_scale, v_scale, alph
     k_ring = ring(k.dtype, K_ROWS, STAGES, 2, 64, BD)
     v_ring = ring(v.dtype, V_ROWS, STAGES, 2, V_SHAPE[0], V_SHAPE[1])
     h_ring = ring(gl.bfloat16, ROWS, 1, 1, BD, BD)
-    ONES: gl.constexpr = gl.BlockedLayout([1, 4], [2, 16], [4, 1], [1, 0])
-    ones = gl.allocate_shared_memory(
-        gl.float8e4nv, [8, 64], gl.NVMMASharedLayout.get_default_for([8, 64], gl.float8e4nv))  # fmt: skip
-    if LOW_PV:
-        ones.store(gl.full([8, 64], 1.0, gl.float32, layout=ONES).to(gl.float8e4nv))
-        fence_async_shared()
     gl.warp_specialize(
         [
-            (consume, (0, o, o_sparse, q_ring, k_ring, v_ring, h_ring, ones, table, count, k_scale, v_scale, alpha, total,
+            (consume, (0, o, o_sparse, q_ring, k_ring, v_ring, h_ring, table, count, k_scale, v_scale, alpha, total,
                        lse, H, NQ, N, T_m, blocks, query_blocks, entries, scale, D, BD,
                        LINEAR, WEIGHTED, SAVE, LOW_QK, LOW_PV, FEATURE, STAGES)),
-            (consume, (1, o, o_sparse, q_ring, k_ring, v_ring, h_ring, ones, table, count, k_scale, v_scale, alpha, total,
+            (consume, (1, o, o_sparse, q_ring, k_ring, v_ring, h_ring, table, count, k_scale, v_scale, alpha, total,
                        lse, H, NQ, N, T_m, blocks, query_blocks, entries, scale, D, BD,
                        LINEAR, WEIGHTED, SAVE, LOW_QK, LOW_PV, FEATURE, STAGES)),
             (produce, (q, k, v, h, q_ring, k_ring, v_ring, h_ring, table, count, H, T_m, blocks, query_blocks, entries,
