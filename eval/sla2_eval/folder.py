@@ -23,7 +23,7 @@ from sla2_eval.video_scores import FIDELITY, Measured, VideoScores
 
 VIDEOS = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v", ".gif")
 COLUMNS = ("video", "prompt", "metric", "value", "unit", "higher_is_better", "backend", "reason")
-OF_STUDIES = ("attention.", "sparsity.", "floor.")  # of a model's layers, or of two videos of one prompt
+OF_STUDIES = ("attention.", "sparsity.", "floor.", "proxy.kid")  # of a model's layers, or of several videos together
 PACKAGES = ("av", "numpy", "open-clip-torch", "opencv-python-headless", "torch", "torchmetrics")
 VERSION = 1  # of what a finished video's note holds; another one is scored again
 

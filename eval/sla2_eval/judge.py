@@ -154,6 +154,7 @@ def learn(settings: dict, data: Path, device: torch.device, folder: Path) -> Non
     boards = storyboards(splits["judge_heldout"], settings, "judge: held-out storyboards")[:count]
     gates["attributes"] = forced_choice_accuracy(frozen, boards, heldout[:count], choices)
     gates["choices"] = choices
+    save_file({"features": frozen.embed_boards(boards).cpu().contiguous()}, folder / "features.safetensors")
     write_json(folder / "gates.json", gates)
     rows = ["step,phase,split,metric,value", *(f"{row['step']},judge,train,loss,{row['loss']:.6g}" for row in log)]
     write_atomic(folder / "log.csv", "\n".join(rows) + "\n")

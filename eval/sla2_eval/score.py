@@ -69,6 +69,8 @@ def main() -> None:
         for entry in bar(list(entries), f"score {variant.variant} {folder.name}"):
             for measured in of_video(folder, entry, args.reference, reference, prompts, scores):
                 records.append(rows.record(measured, train_seed=seed, prompt_id=entry["prompt_id"], seed=entry["seed"]))
+        clips = (read_video(folder / entry["file"])[0] for entry in entries)
+        records += [rows.record(measured, train_seed=seed) for measured in scores.of_set(clips)]
     records += list(attention_records(args, rows, device))
     write_provenance(
         args.output,

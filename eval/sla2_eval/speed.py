@@ -118,7 +118,11 @@ def measure(
         began = clock()
         frames, fps = read_video(path)
         yield row(device, "(reading the file)", clock() - began)
-    wanted = [name for name in METRICS if not name.startswith(("attention.", "sparsity.", "floor.", "vision_reward"))]
+    wanted = [
+        name
+        for name in METRICS
+        if not name.startswith(("attention.", "sparsity.", "floor.", "proxy.kid", "vision_reward"))
+    ]
     scores = VideoScores(None, judge, [PROMPT], device, RandomOfficial(device))
     absent = scores.absent()
     names = [name for name in wanted if name not in absent]

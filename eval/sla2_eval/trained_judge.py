@@ -71,6 +71,16 @@ def load_judge(folder: Path, device: torch.device) -> tuple[StoryboardClip | Non
     return StoryboardClip(model, Vocabulary(**words), **gates["storyboard"]), gates
 
 
+def load_features(folder: Path) -> torch.Tensor:
+    """Embeddings (n, D) of the held-out clips that the gate was measured on."""
+    path = folder / "features.safetensors"
+    if not path.is_file():
+        raise UserError(
+            f"{path}: missing, as the judge is of an older version; delete {folder} and run the judge step again"
+        )
+    return load_file(path)["features"]
+
+
 def choices_of(words: list[dict]) -> dict[str, list[str]]:
     """Values of each judged attribute that occur in these clips; an attribute with a single value cannot be judged."""
     used = {

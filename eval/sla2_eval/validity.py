@@ -29,7 +29,7 @@ from sla2_eval.metrics.distortions import DISTORTIONS
 from sla2_eval.metrics.naturalness import Naturalness
 from sla2_eval.response import add_responses, compare, write_rows
 from sla2_eval.trained_judge import choices_of
-from sla2_eval.video_scores import VideoScores
+from sla2_eval.video_scores import KID, VideoScores
 
 PROCEDURAL, FILMED = "study", "filmed"
 CAPTION = "wrong caption"
@@ -159,7 +159,7 @@ class Response:
 def measure_all(settings: dict, judge: Path, data: Path, device: torch.device) -> list[dict]:
     """Rows of both domains."""
     video, seed = settings["video"], settings["seed"]
-    wanted = {name for name in METRICS if name.startswith(MEASURED)}
+    wanted = {name for name in METRICS if name.startswith(MEASURED) and name != KID}
     samples = study_samples(data, video, settings["clips"])
     scores = VideoScores(video, judge, [sample.prompt for sample in samples], device, wanted=wanted)
     found = Response(PROCEDURAL, scores, samples, video["fps"], seed)

@@ -1,7 +1,7 @@
 """All metrics of one video, and for each that has no value the reason."""
 
 import importlib.metadata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -16,10 +16,18 @@ from sla2_eval.metrics.fidelity import fidelity
 from sla2_eval.metrics.flicker import temporal_flickering
 from sla2_eval.metrics.frames import UndefinedError
 from sla2_eval.metrics.guards import guards
+from sla2_eval.metrics.kid import kid
 from sla2_eval.metrics.motion import dynamic_degree, motion_smoothness
 from sla2_eval.metrics.oracle import Oracle
 from sla2_eval.official import Official
-from sla2_eval.trained_judge import ATTRIBUTES, gate_failure, load_judge, load_naturalness, swapped
+from sla2_eval.trained_judge import (
+    ATTRIBUTES,
+    gate_failure,
+    load_features,
+    load_judge,
+    load_naturalness,
+    swapped,
+)
 
 FLICKER = "temporal_flickering"
 GUARDS = ("guard.static", "guard.blank", "guard.saturated", "guard.not_finite", "guard.size")
@@ -28,6 +36,7 @@ DYNAMIC = ("proxy.dynamic_degree_dis", "proxy.flow_top5")
 NATURALNESS = "proxy.naturalness_niqe_indomain"
 FIDELITY = ("fidelity.psnr", "fidelity.psnr_pooled", "fidelity.ssim")
 ALIGNMENT, CONSISTENCY = "proxy.text_alignment_clip_indomain", "proxy.frame_consistency_clip_indomain"
+KID = "proxy.kid_indomain"
 NO_JUDGE = "needs a judge that was trained in the domain of these videos; name its folder"
 NO_PROMPTS = "no prompts were given"
 MASK_SIDE = 128  # of the canonical shapes; the oracle scales them down
@@ -69,6 +78,7 @@ class VideoScores:
         self.wanted, self.has_prompts, self.device = wanted, bool(prompts), device
         self.oracle = Oracle(grammar.COLORS, canonical_masks(), grammar.DIRECTIONS)
         self.naturalness = load_naturalness(judge) if judge else None
+        self.of_judge = judge
         self.judge, self.gates = load_judge(judge, device) if judge else (None, {"reason": NO_JUDGE})
 
     def absent(self) -> dict[str, str]:
@@ -86,7 +96,7 @@ class VideoScores:
             elif failure := gate_failure(self.gates, name):
                 reasons[f"judge.{name}"] = failure
         if failure := gate_failure(self.gates):
-            reasons |= dict.fromkeys((ALIGNMENT, CONSISTENCY), failure)
+            reasons |= dict.fromkeys((ALIGNMENT, CONSISTENCY, KID), failure)
         elif not self.has_prompts:
             reasons[ALIGNMENT] = NO_PROMPTS
         if self.naturalness is None:
@@ -110,6 +120,13 @@ class VideoScores:
             names = [name for name in names if self._wants(name) and name not in absent]
             if names:
                 yield from measure(names, backend, compute)
+
+    def of_set(self, videos: Iterable[Tensor]) -> Iterator[Measured]:
+        """Measure videos (T, H, W, 3), uint8, together."""
+        if self._wants(KID) and KID not in self.absent():
+            features = [self.judge.embed_video(frames.numpy()).cpu() for frames in videos]
+            reference = load_features(self.of_judge)
+            yield from measure([KID], self._judge_backend, lambda: {KID: kid(torch.stack(features), reference)})
 
     def _wants(self, name: str) -> bool:
         return self.wanted is None or name in self.wanted
@@ -136,12 +153,16 @@ class VideoScores:
     def _judged(self, frames: np.ndarray, prompt: Prompt | None, promised: dict[str, str]):
         if self.judge is None:
             return
-        backend = f"open_clip-{importlib.metadata.version('open-clip-torch')}/{self.device.type}"
+        backend = self._judge_backend
         if prompt is not None:
             yield [ALIGNMENT], backend, lambda: {ALIGNMENT: self.judge.text_alignment(frames, prompt.text)}
         yield [CONSISTENCY], backend, lambda: {CONSISTENCY: self.judge.frame_consistency(frames)}
         for name in promised:
             yield [f"judge.{name}"], backend, partial(self._choice, frames, prompt, name)
+
+    @property
+    def _judge_backend(self) -> str:
+        return f"open_clip-{importlib.metadata.version('open-clip-torch')}/{self.device.type}"
 
     def _choice(self, frames: np.ndarray, prompt: Prompt, name: str) -> dict[str, float]:
         if grammar.caption(prompt.attributes) != prompt.text:

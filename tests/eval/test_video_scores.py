@@ -17,7 +17,8 @@ from sla2_eval.official import FILES, NEEDS, NO_COMMAND
 from sla2_eval.video_scores import FIDELITY, NO_JUDGE, VideoScores, canonical_masks
 
 CPU = torch.device("cpu")
-OF_VIDEOS = {name for name in METRICS if not name.startswith(("attention.", "sparsity.", "floor."))}
+SETS = {"proxy.kid_indomain"}  # of several videos together
+OF_VIDEOS = {name for name in METRICS if not name.startswith(("attention.", "sparsity.", "floor.", "proxy.kid"))}
 JUDGED = ("color", "shape", "direction")
 OFFICIAL = {*NEEDS, "vision_reward"}
 INDOMAIN = ("proxy.text_alignment_clip_indomain", "proxy.frame_consistency_clip_indomain")
@@ -76,7 +77,8 @@ def test_a_failed_gate_is_a_reason(judge_folder, clip):
     absent = found.absent()
     assert {name: absent[f"judge.{name}"] for name in failed} == reasons
     assert {absent[name] for name in INDOMAIN} == {reasons[failed[0]]}
-    assert set(measured(found, *clip)) | set(absent) == OF_VIDEOS
+    assert set(measured(found, *clip)) | set(absent) == OF_VIDEOS | SETS
+    assert absent["proxy.kid_indomain"] == reasons[failed[0]]
 
 
 def test_official_metrics_name_the_file_to_fetch(passing, clip):
@@ -102,7 +104,7 @@ def test_a_folder_without_size_judge_or_prompts(clip):
     assert absent["proxy.naturalness_niqe_indomain"] == absent["proxy.frame_consistency_clip_indomain"] == NO_JUDGE
     assert absent["vision_reward"] == "no prompts were given"
     rows = measured(found, clip[0], None, None)
-    assert set(rows) | set(absent) == OF_VIDEOS - set(FIDELITY)
+    assert set(rows) | set(absent) == (OF_VIDEOS | SETS) - set(FIDELITY)
 
 
 def test_what_no_prompt_promises_is_absent(passing, clip):
@@ -160,3 +162,26 @@ def test_canonical_masks_are_the_renderer_s_shapes():
         assert 0.1 < mask.mean() < 0.6, name
         assert not mask[[0, -1]].any(), name
         assert np.allclose(mask, mask[:, ::-1]), f"{name} is not upright"
+
+
+def test_videos_together(passing, clip):
+    found = scores(passing, [clip[1]])
+    (row,) = found.of_set([clip[0], clip[2], clip[0]])
+    assert row.metric == "proxy.kid_indomain"
+    assert row.value is not None
+    (alone,) = found.of_set([clip[0]])
+    assert alone.reason.startswith("undefined: a distance of sets needs two videos")
+
+
+def test_frame_consistency_keeps_its_order(passing, clip):
+    """What 7.4 of the definitions asks: frozen and blank give 1 (the guards say so), a cut in the middle less than clean."""
+    judge = scores(passing, [clip[1]]).judge
+    frames, other = clip[0].numpy(), clip[2].numpy()
+    frozen = np.repeat(frames[:1], len(frames), axis=0)
+    assert judge.frame_consistency(frozen) == pytest.approx(1, abs=1e-5)
+    assert judge.frame_consistency(np.full_like(frames, 90)) == pytest.approx(1, abs=1e-5)
+    half = len(frames) // 2
+    cut = np.concatenate([frozen[:half], np.repeat(other[:1], len(frames) - half, axis=0)])
+    alternating = np.stack([frozen[0] if t % 2 == 0 else other[0] for t in range(len(frames))])
+    assert judge.frame_consistency(alternating) < judge.frame_consistency(cut) < 1
+    assert judge.frame_consistency(frames) == judge.frame_consistency(clip[0]), "arrays and tensors are one path"

@@ -39,6 +39,7 @@ METRICS = {
     "proxy.naturalness_niqe_indomain": Metric("1", DOWN),
     "proxy.text_alignment_clip_indomain": Metric("1", UP),
     "proxy.frame_consistency_clip_indomain": Metric("1", UP),
+    "proxy.kid_indomain": Metric("1", DOWN),  # of a row's videos together
     "judge.color": Metric("1", UP),
     "judge.shape": Metric("1", UP),
     "judge.direction": Metric("1", UP),
