@@ -14,6 +14,7 @@ from training_run import ROW, SETTINGS, make_base
 from sla2 import stage1
 from sla2.attention import AttentionSettings, SparseLinearAttention
 from sla2.estimators import divergence, hard_branches, layer_loss, relative_error, soft_branches
+from sla2.flow import noisy, predict
 from sla2.stage1_report import COLUMNS, AlphaFit, layer_report
 from sla2.training import Log
 from sla2.variant import LEARNED_ROUTERS, Variant
@@ -139,52 +140,50 @@ def fitting(base, **changes):
     return stage1.Stage1(STAGE1 | changes, BaseModel.read(base), torch.device("cpu"))
 
 
-def test_gradients_taken_on_the_way_are_those_of_all_layers_at_once(base):
-    run = fitting(base, query_blocks=4)  # every block, so that the sample does not matter
-    draw = torch.Generator().manual_seed(3)
-    latents, text = run.data.batch([0, 1])
-    sigma = torch.tensor([0.4, 0.9])
-    with capture_qkv(run.transformer) as captured:
-        run.dense(latents, text, sigma, draw, lambda *seen: None)
-    seen: list[list] = []
-    run.dense(latents, text, sigma, draw.manual_seed(3), lambda index, *tensors: seen.append(tensors))
-    assert len(seen) == len(captured) == 2
+def test_gradients_taken_on_the_way_are_those_of_all_layers_at_once(base, monkeypatch):
+    run, shown = fitting(base), []
+
+    def recorded(*seen):
+        shown.append(seen)
+        return layer_loss(*seen)
+
+    monkeypatch.setattr(stage1, "layer_loss", recorded)
     (loss,) = run.loss(0)
     loss.backward()
-    found = [p.grad.clone() for p in run.layers.parameters()]
+    found = [parameter.grad.clone() for parameter in run.layers.parameters()]
     run.layers.zero_grad()
-    shown: list = []
-    run.stream = lambda step: run.data.batch(stage1.batches(8, 2, 0)(step))
-    former, stage1.layer_loss = (
-        stage1.layer_loss,
-        lambda module, *rest: shown.append((module, rest)) or former(module, *rest),
-    )
-    try:
-        (again,) = run.loss(0)
-    finally:
-        stage1.layer_loss = former
-    run.layers.zero_grad()
-    total = sum(layer_loss(module, *rest) for module, rest in shown) / 2
+    total = sum(layer_loss(*seen) for seen in shown) / 2
     total.backward()
-    torch.testing.assert_close(again, total)
+    torch.testing.assert_close(loss, total)
+    assert len(shown) == 2
     for wanted, parameter in zip(found, run.layers.parameters(), strict=True):
         torch.testing.assert_close(parameter.grad, wanted)
 
 
-def test_a_layers_tensors_are_gone_when_the_next_layer_runs(base):
+def test_layers_are_shown_what_a_dense_forward_sees(base):
+    run, shown = fitting(base), []
+    latents, text = run.data.batch([0, 1])
+    sigma, draw = torch.tensor([0.4, 0.9]), torch.Generator()
+    run.dense(latents, text, sigma, draw.manual_seed(3), lambda index, *seen: shown.append((index, *seen)))
+    x, _ = noisy(latents, torch.randn(latents.shape, generator=draw.manual_seed(3)), sigma)
+    with torch.no_grad(), capture_qkv(run.transformer) as captured:
+        predict(run.transformer, x, sigma, text)
+    for index, (seen, wanted) in enumerate(zip(shown, captured, strict=True)):
+        assert seen[0] == index
+        for name, tensor in zip("qkvo", seen[1:], strict=True):
+            assert torch.equal(tensor, wanted[name])
+
+
+def test_a_layers_tensors_are_gone_when_the_next_layer_runs(base, monkeypatch):
     run, alive = fitting(base), []
-    former = stage1.layer_loss
 
     def watched(module, q, *rest):
-        assert not any(reference() is not None for reference in alive)
+        assert not any(shown() is not None for shown in alive)
         alive.append(weakref.ref(q))
-        return former(module, q, *rest)
+        return layer_loss(module, q, *rest)
 
-    stage1.layer_loss = watched
-    try:
-        list(run.loss(0))
-    finally:
-        stage1.layer_loss = former
+    monkeypatch.setattr(stage1, "layer_loss", watched)
+    list(run.loss(0))
     assert len(alive) == 2
 
 
@@ -249,6 +248,24 @@ def test_step_keeps_the_lowest_hard_error_and_reports_it(base, tmp_path, capsys)
         module.load_state_dict({name.removeprefix(start): t for name, t in state.items() if name.startswith(start)})
     assert again.hard_error() == pytest.approx(min(errors), rel=1e-5)
     assert not (tmp_path / ".checkpoint").exists()
+
+
+def test_resumed_run_equals_an_uninterrupted_one(base, tmp_path, monkeypatch):
+    run_main(base, tmp_path / "whole", checkpoint_every=2)
+
+    def killed(self, step, loss=stage1.Stage1.loss):
+        if step == 5:
+            raise KeyboardInterrupt
+        yield from loss(self, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stage1.Stage1, "loss", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run_main(base, tmp_path / "killed", checkpoint_every=2)
+    assert not (tmp_path / "killed/adapter.safetensors").exists()
+    run_main(base, tmp_path / "killed", checkpoint_every=2)
+    for name in ("adapter.safetensors", "log.csv", "report.csv"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
 @pytest.mark.parametrize(("patience", "measured"), [(1, 2), (0, 4)])
