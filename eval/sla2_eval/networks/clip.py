@@ -1,5 +1,6 @@
 """OpenAI's CLIP by open_clip, filled from tensors under OpenAI's own names, and LAION's linear aesthetic head."""
 
+import logging
 from pathlib import Path
 
 from torch import nn
@@ -15,7 +16,11 @@ def load_clip(key: str, path: Path) -> nn.Module:
     """CLIP from a converted `ViT-B-32.pt` or `ViT-L-14.pt`."""
     import open_clip
 
-    model = open_clip.create_model(NAMES[key], load_weights=False)
+    logging.disable(logging.WARNING)  # it warns of random weights, which the next line replaces
+    try:
+        model = open_clip.create_model(NAMES[key], load_weights=False)
+    finally:
+        logging.disable(logging.NOTSET)
     return fill(model, read(path), path, UNUSED)
 
 
