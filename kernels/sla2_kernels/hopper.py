@@ -90,10 +90,8 @@ def produce(q, k, v, h, q_ring, k_ring, v_ring, h_ring, table, count, H, T_m, bl
             tma.async_copy_global_to_shared(q, [i_bh // H, i_bh % H, row + half * 64, 0], q_full.index(slot), tile)
         kept = gl.load(count + i)
         line = table + i.to(gl.int64) * entries
-        first, second = (
-            gl.load(line + kept - 1),
-            gl.load(line),
-        )  # with one block kept the second is the first again, masked
+        # The last block and the first, which is the last once more if there is no other: then its scores are masked.
+        first, second = gl.load(line + kept - 1), gl.load(line)
         both = 1
         for step in range((kept + 1) // 2):
             slot, parity = slot_of(turn, STAGES)
@@ -132,7 +130,7 @@ def quantise_rows(x, INT8: gl.constexpr):
     if INT8:
         low = (steps + gl.where(steps >= 0, 0.5, -0.5)).to(gl.int8)
     else:
-        low = gl.minimum(gl.maximum(steps, -448.0), 448.0).to(gl.float8e4nv)
+        low = steps.to(gl.float8e4nv)  # the cast saturates
     return low, scale
 
 
