@@ -21,7 +21,7 @@ from pathlib import Path
 
 from sla2.errors import UserError, run_main
 from sla2.files import read_json, write_atomic, write_json
-from sla2.record import read_records
+from sla2.record import Record, read_records
 from sla2_eval.response import COLUMNS as VALIDITY_COLUMNS
 from sla2_eval.summary import COLUMNS, summarise
 from sla2_eval.table_set import SUMMARIES
@@ -65,7 +65,8 @@ def main() -> None:
     args = parser.parse_args()
     settings = args.settings
     rows = {name: [] for name in SUMMARIES}
-    for row in summarise([record for path in args.scores for record in read_records(path)], settings):
+    scores = measured_elsewhere([record for path in args.scores for record in read_records(path)])
+    for row in summarise(scores, settings):
         rows[TABLE_OF.get(row["metric"].split(".")[0], "quality")].append(row)
     rows["efficiency"] = summarise(read_records(args.latency), settings)
     check_metrics({row["metric"] for table in rows.values() for row in table}, settings)
@@ -81,6 +82,17 @@ def main() -> None:
     shown = {name: value for name, value in settings.items() if name not in ("variants", "threads", "device")}
     write_json(args.output / "study.json", {**shown, "facts": {name: base.get(name) for name in FACTS}})
     write_json(args.output / "provenance.json", provenance([*args.scores, args.latency, args.validity]))
+
+
+def measured_elsewhere(records: list[Record]) -> list[Record]:
+    """The records without those that say a metric is not available, where another file, such as one of VBench's, has values of it."""
+    known = {(record.variant, record.metric) for record in records if record.value is not None}
+
+    def superseded(record: Record) -> bool:
+        of_no_video = record.prompt_id is None and record.layer is None
+        return record.value is None and of_no_video and (record.variant, record.metric) in known
+
+    return [record for record in records if not superseded(record)]
 
 
 def check_metrics(known: set[str], settings: dict) -> None:

@@ -2,7 +2,7 @@
 
     sla2-eval vbench-export results/tiny/generate/full/seed0 --out export/full
     sh export/full/run_vbench.sh                                  # where VBench is installed
-    sla2-eval vbench-import export/full --results export/full/results/results_..._eval_results.json --out full.vbench.csv
+    sla2-eval vbench-import export/full --results export/full/results/results_..._eval_results.json --out results/tiny/vbench/full.csv
 
 The exported folder holds `videos/` with nothing but mp4 files, `prompts.json`, `manifest.jsonl` and the command. Importing joins by
 file name and refuses what does not fit: other videos, values that are no numbers, totals that are not those of their videos.

@@ -174,3 +174,22 @@ def test_record_without_value_needs_a_reason(tmp_path):
     kept = records(np.array([[[1.0, np.nan]]]), "full")
     write_records(tmp_path / "r.csv", kept)
     assert read_records(tmp_path / "r.csv") == kept
+
+
+def test_what_another_file_measured_is_not_absent():
+    def record(variant, value, prompt=None, metric="vbench.imaging_quality", reason=""):
+        return Record(
+            study="s",
+            variant=variant,
+            metric=metric,
+            value=value,
+            prompt_id=prompt,
+            seed=0 if prompt else None,
+            reason=reason,
+        )
+
+    absent = record("full", None, reason="not available: needs the weights")
+    other = record("base", None, reason="not available: needs the weights")
+    undefined = record("full", None, "p2", reason="undefined: too short")
+    found = tables.measured_elsewhere([absent, other, record("full", 0.7, "p1"), undefined])
+    assert found == [other, record("full", 0.7, "p1"), undefined]

@@ -11,6 +11,8 @@ rule tables:
     input:
         base=rules.base_model.output.base,
         scores=[f"<results>/score/{name}.csv" for name in ROWS],
+        # What VBench itself measured, by `sla2-eval vbench-import`.
+        imported=sorted(map(str, Path(f"results/{study.config['study']}/vbench").glob("*.csv"))),
         latency=rules.latency.output,
         validity=rules.validity.output,
         training=[
@@ -28,7 +30,7 @@ rule tables:
         settings=settings("report", variants=list(ROWS.values())),
         output=subpath(output[0], parent=True),
     shell:
-        "( sla2 tables --settings {params.settings:q} --base {input.base} --scores {input.scores}"
+        "( sla2 tables --settings {params.settings:q} --base {input.base} --scores {input.scores} {input.imported}"
         " --latency {input.latency} --validity {input.validity} --training {input.training} --output {params.output} ) 2>&1 | tee {log}"
 
 
