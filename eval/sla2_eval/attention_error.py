@@ -9,7 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sla2.adapter import load_adapter
 from sla2.attention import AttentionSettings, SparseLinearAttention
@@ -21,6 +23,7 @@ from sla2_eval.flops import realised_sparsity
 from sla2_eval.metrics.attention import attention_error
 from sla2_kernels.blockwise import block_mass
 
+FLOOR_QUERIES = 512  # at most about twice as many: plain attention holds a row of N scores for each
 NOISE_STREAM = 6  # of `sla2.flow.generator`; streams below it belong to training
 
 
@@ -62,6 +65,33 @@ def attention_errors(
     finally:
         for layer, processor in zip(layers, former, strict=True):
             layer.set_processor(processor)
+
+
+def kernel_floor(transformer: nn.Module, base: BaseModel, settings: dict) -> dict[tuple[int, str], float]:
+    """Card: `floor.attention_rel_l1`, exact.
+
+    Definition: dense attention again with another kernel: how far two that compute the same are apart, the noise floor of attention errors.
+    Formula: `attention.rel_l1` of torch's plain softmax(Q K^T / sqrt(d)) V against the kernel that the model runs with, over evenly
+        spaced queries.
+    Range: [0, inf); 1e-7 in fp32, 1e-3 in bf16. Direction: none; errors below it mean nothing.
+    Source: ours; measured on the untouched dense model only.
+    Blind spots: says nothing of what the rounding does to a video over many steps.
+
+    Returns:
+        Value by (layer, metric), mean over held-out clips and noise levels; the arguments are those of `attention_errors`.
+    """
+    sums: dict[tuple[int, str], float] = {}
+    samples = 0
+    for captured in captures(transformer, base, settings):
+        samples += 1
+        for layer, seen in enumerate(captured):
+            rows = slice(None, None, max(1, seen["q"].shape[-2] // FLOOR_QUERIES))
+            with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+                again = F.scaled_dot_product_attention(seen["q"][:, :, rows].contiguous(), seen["k"], seen["v"])
+            error = attention_error(again, seen["o"][:, :, rows])["attention.rel_l1"]
+            key = layer, "floor.attention_rel_l1"
+            sums[key] = sums.get(key, 0.0) + error
+    return {key: total / samples for key, total in sums.items()}
 
 
 def captures(transformer: nn.Module, base: BaseModel, settings: dict) -> Iterator[list[dict[str, Tensor]]]:

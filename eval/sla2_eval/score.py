@@ -29,6 +29,8 @@ from sla2_eval.metrics.fidelity import FLOOR, floor
 from sla2_eval.official import Official, weight_files
 from sla2_eval.video_scores import FIDELITY, Measured, VideoScores, measure
 
+KERNEL_FLOOR = "floor.attention_rel_l1"
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -56,13 +58,12 @@ def main() -> None:
     scores = VideoScores(settings["video"], args.judge, list(prompts.values()), device, official)
     rows = Rows(settings["study"], variant)
     absent = scores.absent()
-    is_reference = args.reference.resolve() in [folder.resolve() for folder in args.videos]
-    if is_reference:
+    if is_reference(args):
         absent |= dict.fromkeys(FIDELITY, "these videos are the reference of fidelity")
     else:
-        absent |= dict.fromkeys(FLOOR, "measured on the untouched dense model only")
+        absent |= dict.fromkeys((*FLOOR, KERNEL_FLOOR), "measured on the untouched dense model only")
     records = [rows.record(Measured(metric, None, "", reason)) for metric, reason in absent.items()]
-    reference = {} if is_reference else manifest(args.reference)
+    reference = {} if is_reference(args) else manifest(args.reference)
     for folder in args.videos:
         seed = training_seed(folder, variant)
         entries = manifest(folder).values()
@@ -80,6 +81,11 @@ def main() -> None:
         manifests=[sha256_file(f / "manifest.jsonl") for f in args.videos],
     )
     write_records(args.output, records)
+
+
+def is_reference(args: argparse.Namespace) -> bool:
+    """Whether the videos are those that fidelity is measured against."""
+    return args.reference.resolve() in [folder.resolve() for folder in args.videos]
 
 
 class Rows:
@@ -167,14 +173,19 @@ def attention_records(args: argparse.Namespace, rows: Rows, device: torch.device
         yield from (
             rows.record(Measured(n, None, "", "full attention is what errors are measured against")) for n in names
         )
-        return
-    # Imported here: diffusers costs eight seconds of a core, which rows with full attention save.
+        if not is_reference(args):
+            return
+    # Imported here: diffusers costs eight seconds of a core, which the other rows with full attention save.
     from sla2.wan import BaseModel, load_transformer
-    from sla2_eval.attention_error import attention_errors
+    from sla2_eval.attention_error import attention_errors, kernel_floor
 
     base, settings = BaseModel.read(args.base), args.settings
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     transformer = load_transformer(base, dtype=dtype).to(device).eval()
+    if variant.attention == "full":
+        for (layer, metric), value in sorted(kernel_floor(transformer, base, settings).items()):
+            yield rows.record(Measured(metric, value, f"torch/{device.type}"), layer=layer)
+        return
     attention = AttentionSettings(**settings["attention"])
     adapters = args.trained * len(args.videos) if len(args.trained) == 1 else args.trained or [None] * len(args.videos)
     for folder, trained in zip(args.videos, adapters, strict=True):

@@ -26,12 +26,13 @@ from sla2_eval.response import COLUMNS as VALIDITY_COLUMNS
 from sla2_eval.summary import COLUMNS, summarise
 from sla2_eval.table_set import SUMMARIES
 
-TABLE_OF = {
+TABLE_OF = {  # by name or prefix; others are quality
+    "floor.attention_rel_l1": "attention",
     "fidelity": "fidelity",
     "floor": "fidelity",
     "attention": "attention",
     "sparsity": "attention",
-}  # by prefix; others are quality
+}
 TRAINING_COLUMNS = ("study", "stage", "run", "train_seed", "phase", "split", "metric", "step", "value")
 SHEET_COLUMNS = ("variant", "attention", "router", "mixing", "quantization", "sparsity", "finetune")
 STAGES = ("base_model", "stage1", "stage2")
@@ -67,7 +68,8 @@ def main() -> None:
     rows = {name: [] for name in SUMMARIES}
     scores = measured_elsewhere([record for path in args.scores for record in read_records(path)])
     for row in summarise(scores, settings):
-        rows[TABLE_OF.get(row["metric"].split(".")[0], "quality")].append(row)
+        table = TABLE_OF.get(row["metric"]) or TABLE_OF.get(row["metric"].split(".")[0], "quality")
+        rows[table].append(row)
     rows["efficiency"] = summarise(read_records(args.latency), settings)
     check_metrics({row["metric"] for table in rows.values() for row in table}, settings)
     for name, table in rows.items():

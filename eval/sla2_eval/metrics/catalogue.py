@@ -25,6 +25,7 @@ METRICS = {
     # How far the untouched dense model's own videos of one prompt are from each other: what fidelity is read against.
     "floor.psnr": Metric("dB", NEITHER),
     "floor.ssim": Metric("1", NEITHER),
+    "floor.attention_rel_l1": Metric("1", NEITHER),  # and how far two dense kernels are
     # Recovered from the frames and compared with the prompt: the headline of synthetic studies.
     "oracle.presence": Metric("1", UP),
     "oracle.color": Metric("1", UP),
