@@ -13,6 +13,9 @@ CAPTIONS = {
     "blocks that were kept; speed-ups are measured against dense attention in the same process on the device named above the panel.",
     "attention_error_by_layer": "Each layer's attention against dense attention on the same Q, K and V of held-out clips, so an "
     "error is the attention's own and not the drift of layers before it.",
+    "routers": "What stage 1 chose, beside routers that bound it: the heuristic, a random choice, and the key blocks of largest exact "
+    "softmax mass. Held-out clips that did not choose the state; mean over layers and noise levels. Alpha is fitted by least squares "
+    "for every router, so that choices are compared and not what was learnt around them; the learned router's trained alpha beside it.",
     "training_curves": "What training did. Held-out curves use clips that no training saw; a hard error is that of the operator as "
     "inference runs it, not of its soft relaxation.",
     "what_metrics_see": "Each metric's mean change under known damage, paired clip by clip. A dot: the change is within three standard "

@@ -21,6 +21,7 @@ TEXT = {
     "reason",
     "attention",
     "router",
+    "alpha",
     "mixing",
     "quantization",
     "finetune",

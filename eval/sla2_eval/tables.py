@@ -7,6 +7,7 @@
     ablation.csv    one row per variant: the row of the sheet, then of each headline metric its mean, `:low` and `:high` ends of
                     the interval, `:n` prompts, `:verdict` against the reference; `notes` says why a cell is empty
     training.csv    study, stage, run, train_seed, phase, split, metric, step, value; run: a variant, or a group of stage 1
+    routers.csv     study, run, then the columns of `sla2.stage1_report`: routers and alpha beside their controls, by layer and noise level
     variants.csv    the sheet of this study
     validity.csv    what each metric sees of known damage, columns of `sla2_eval.response`
     study.json      what the figures need of the settings, and facts of the base model
@@ -22,6 +23,7 @@ from pathlib import Path
 from sla2.errors import UserError, run_main
 from sla2.files import read_json, write_atomic, write_json
 from sla2.record import Record, read_records
+from sla2.stage1_report import COLUMNS as REPORT_COLUMNS
 from sla2_eval.response import COLUMNS as VALIDITY_COLUMNS
 from sla2_eval.summary import COLUMNS, summarise
 from sla2_eval.table_set import SUMMARIES
@@ -33,6 +35,7 @@ TABLE_OF = {  # by name or prefix; others are quality
     "attention": "attention",
     "sparsity": "attention",
 }
+ROUTER_COLUMNS = ("study", "run", *REPORT_COLUMNS)
 TRAINING_COLUMNS = ("study", "stage", "run", "train_seed", "phase", "split", "metric", "step", "value")
 SHEET_COLUMNS = ("variant", "attention", "router", "mixing", "quantization", "sparsity", "finetune")
 STAGES = ("base_model", "stage1", "stage2")
@@ -62,6 +65,7 @@ def main() -> None:
     parser.add_argument(
         "--training", type=Path, nargs="*", default=[], help="log.csv files of base_model, stage1, stage2"
     )
+    parser.add_argument("--routers", type=Path, nargs="*", default=[], help="report.csv files of stage1")
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
     settings = args.settings
@@ -77,6 +81,8 @@ def main() -> None:
     write_table(args.output / "ablation.csv", *ablation([row for table in rows.values() for row in table], settings))
     training = [row for path in args.training for row in read_log(path, settings["study"])]
     write_table(args.output / "training.csv", TRAINING_COLUMNS, training)
+    routers = [row for path in args.routers for row in read_report(path, settings["study"])]
+    write_table(args.output / "routers.csv", ROUTER_COLUMNS, routers)
     sheet = [{**row, "finetune": "yes" if row["finetune"] else "no"} for row in settings["variants"]]
     write_table(args.output / "variants.csv", SHEET_COLUMNS, sheet)
     write_atomic(args.output / "validity.csv", validity(args.validity))
@@ -143,6 +149,17 @@ def read_log(path: Path, study: str) -> list[dict]:
         raise UserError(f"{path}: missing; run the step {stage}")
     with path.open(newline="", encoding="utf-8") as file:
         return [{**place, **row} for row in csv.DictReader(file)]
+
+
+def read_report(path: Path, study: str) -> list[dict]:
+    """Rows of a stage-1 report; the run's name is that of its folder."""
+    if not path.is_file():
+        raise UserError(f"{path}: missing; run the step stage1")
+    with path.open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        if tuple(reader.fieldnames or ()) != REPORT_COLUMNS:
+            raise UserError(f"{path}: has other columns than {', '.join(REPORT_COLUMNS)}; run the step stage1 again")
+        return [{"study": study, "run": path.parent.name, **row} for row in reader]
 
 
 def validity(path: Path) -> str:
