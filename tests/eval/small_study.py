@@ -59,6 +59,8 @@ def write_study(folder: Path) -> list[str]:
             str(folder / "score/validity.csv"),
             "--training",
             *logs,
+            "--routers",
+            *_reports(folder, rows),
             "--output",
             str(folder / "tables"),
         ),
@@ -213,6 +215,24 @@ def _logs(folder: Path, rows: list[Variant]):
     for row in rows:
         for seed in _training_seeds(row) if row.finetune else []:
             yield log(folder / f"stage2/{row.variant}/seed{seed}/log.csv", "stage2", 40, 10, "loss")
+
+
+def _reports(folder: Path, rows: list[Variant]) -> Iterator[str]:
+    """A learned router that errs less than the heuristic and a random one that errs most, alpha fitted and, for its own, trained."""
+    errors = {"learned": 0.8, "mean_pool": 1.0, "random": 2.0, "oracle": 0.7}
+    for row in {row.stage1_group: row for row in rows if row.stage1_group}.values():
+        lines = ["layer,sigma,router,alpha,metric,value"]
+        for layer in range(LAYERS):
+            for word in dict.fromkeys((row.router, "mean_pool", "random", "oracle")):
+                error = errors[word] * (0.02 + 0.1 * row.sparsity**8) * (1 + 0.1 * layer)
+                lines += [
+                    f"{layer},0.7,{word},fitted,hard_error,{error:.6g}",
+                    f"{layer},0.7,{word},,kept_mass,{0.2 / error:.6g}",
+                ]
+            lines.append(f"{layer},0.7,{row.router},trained,hard_error,{errors[row.router] * 0.1:.6g}")
+        path = folder / f"stage1/{row.stage1_group}/report.csv"
+        path.write_text("\n".join(lines) + "\n")
+        yield str(path)
 
 
 def write_videos(folder: Path) -> None:

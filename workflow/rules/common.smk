@@ -105,6 +105,7 @@ TABLES = expand(
             "attention",
             "efficiency",
             "training",
+            "routers",
             "ablation",
             "variants",
             "validity",

@@ -20,6 +20,7 @@ rule tables:
             expand(rules.stage1.output.log, group=GROUPS),
             [f"<results>/stage2/{name}/seed{seed}/log.csv" for name, seed in RUNS if study.variants[name].finetune],
         ],
+        routers=expand(rules.stage1.output.report, group=GROUPS),
     output:
         report(TABLES, caption="../report/tables.rst", category="Tables"),
     log:
@@ -31,7 +32,8 @@ rule tables:
         output=subpath(output[0], parent=True),
     shell:
         "( sla2 tables --settings {params.settings:q} --base {input.base} --scores {input.scores} {input.imported}"
-        " --latency {input.latency} --validity {input.validity} --training {input.training} --output {params.output} ) 2>&1 | tee {log}"
+        " --latency {input.latency} --validity {input.validity} --training {input.training}"
+        " --routers {input.routers} --output {params.output} ) 2>&1 | tee {log}"
 
 
 rule figure:
