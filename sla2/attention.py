@@ -94,10 +94,13 @@ class SparseLinearAttention(nn.Module):
             return self._fused(q, k, v, blocks)
         smooth = smooth_keys(k)  # shifts every row of S by a constant, so the softmax branch is unchanged
         mask = self.route(q, k)
-        precision = self.quantizer.precision(self.training)
-        sparse, _ = sparse_attention(q, smooth, v, mask, precision=precision, **blocks)
-        phi_keys = smooth if s.phi_keys == "smoothed" else k
-        linear = linear_attention(q, phi_keys, v, self.linear_weight(mask), feature_map=s.feature_map, **blocks)
+        sparse = linear = None
+        if self.variant.mixing != "linear":
+            precision = self.quantizer.precision(self.training)
+            sparse, _ = sparse_attention(q, smooth, v, mask, precision=precision, **blocks)
+        if self.variant.mixing != "sparse":
+            phi_keys = smooth if s.phi_keys == "smoothed" else k
+            linear = linear_attention(q, phi_keys, v, self.linear_weight(mask), feature_map=s.feature_map, **blocks)
         return self.mixing(sparse, linear, s.block_q)
 
     def _fused(self, q: Tensor, k: Tensor, v: Tensor, blocks: dict) -> Tensor:

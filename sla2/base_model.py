@@ -37,7 +37,7 @@ def main() -> None:
     from sla2.wan import load_text_encoder, load_transformer_config, load_vae
 
     device = claim_device(settings)
-    splits = {name: Clips(args.data / f"{name}.jsonl", settings["video"]) for name in ("train", "heldout")}
+    splits = {name: Clips(args.data / f"{name}.jsonl", settings["video"], device) for name in ("train", "heldout")}
     identity = settings_hash({"settings": settings, "data": sha256_folder(args.data, "*.jsonl")})
     work, log = output / f".work-{identity}", Log()
     latents = output / f"latents-{identity}"

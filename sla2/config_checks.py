@@ -114,12 +114,13 @@ def _rows(study: Study) -> Failures:
     for name in (BASE, FULL):
         if name not in variants:
             yield "variants.rows", f"'{name}' is missing, and every comparison stands on it; add it"
-    for index, name in enumerate(study.config["stage2"]["headline"]["rows"]):
-        key = f"stage2.headline.rows.{index}"
+    stage2 = study.config["stage2"]
+    named = {f"stage2.headline.rows.{index}": name for index, name in enumerate(stage2["headline"]["rows"])}
+    for key, name in {**named, **{f"stage2.of_rows.{name}": name for name in stage2["of_rows"]}}.items():
         if name not in variants:
             yield key, f"'{name}' is not a row of this study; choose some of {choices}"
         elif not variants[name].finetune:
-            yield key, f"'{name}' is not fine-tuned, so it has no training seeds; remove it"
+            yield key, f"'{name}' is not fine-tuned; remove it here, or let the sheet say finetune yes"
     if study.config["report"]["reference"] not in variants:
         name = study.config["report"]["reference"]
         yield "report.reference", f"'{name}' is not a row of this study; choose one of {choices}"
@@ -144,7 +145,8 @@ def _training(study: Study) -> Failures:
     seeds, least = stage2["headline"]["seeds"], stage2["seeds"]
     if stage2["headline"]["rows"] and seeds < least:
         yield "stage2.headline.seeds", f"{seeds} is fewer than stage2.seeds {least}; give at least {least}"
-    for key, schedule in (("stage2", stage2), ("base_model.train", model.get("train"))):
+    own = {f"stage2.of_rows.{name}": stage2 | changes for name, changes in stage2["of_rows"].items()}
+    for key, schedule in {"stage2": stage2, "base_model.train": model.get("train"), **own}.items():
         if schedule and schedule["warmup"] > schedule["steps"]:
             yield f"{key}.warmup", f"{schedule['warmup']} is longer than the {schedule['steps']} steps; choose fewer"
 

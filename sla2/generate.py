@@ -11,6 +11,7 @@ import argparse
 import hashlib
 import json
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -30,7 +31,7 @@ from sla2.record import write_provenance
 from sla2.training import each
 from sla2.variant import Variant
 from sla2.video import write_lossless, write_mp4
-from sla2.wan import BaseModel, load_pipeline, load_text_encoder
+from sla2.wan import BaseModel, compile_blocks, load_pipeline, load_text_encoder
 
 
 def initial_noise(pipeline, base: BaseModel, place: int, seed: int) -> Tensor:
@@ -82,6 +83,8 @@ def main() -> None:
         texts = sorted({prompt.text for prompt in prompts} | {settings["negative_prompt"]})
         embeds = embed(base, texts, device)
         transformer = load_variant(base, variant, AttentionSettings(**settings["attention"]), args.trained, dtype)
+        if settings["compile"]:
+            compile_blocks(transformer)
         parts = {"transformer": transformer, "text_encoder": None, "tokenizer": None}
         pipeline = load_pipeline(base.pipeline, base.revision, dtype, **parts).to(device)
         pipeline.set_progress_bar_config(disable=True)
@@ -134,29 +137,31 @@ def sample(
         output_type="pt",
     ).frames  # (B, T, 3, H, W) in [0, 1]
     seconds = (time.perf_counter() - began) / len(batch)
-    entries = []
-    for (_, prompt, seed), clip, start in zip(batch, frames, noise, strict=True):
+
+    def write(job: tuple[int, Prompt, int], clip: Tensor, start: Tensor) -> dict:
+        """Both files of a video, and what the manifest says of it."""
+        _, prompt, seed = job
         pixels = (clip.float().clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()  # (T, H, W, 3)
         name = f"{prompt.prompt_id}-s{seed}"
         write_mp4(output / "videos" / f"{name}.mp4", pixels, base.fps)
         write_lossless(output / "lossless" / f"{name}.mkv", pixels, base.fps)
-        entries.append(
-            {
-                "id": name,
-                "prompt_id": prompt.prompt_id,
-                "text": prompt.text,
-                "seed": seed,
-                "noise_sha256": hashlib.sha256(start.numpy().tobytes()).hexdigest(),
-                "frames": pixels.shape[0],
-                "height": pixels.shape[1],
-                "width": pixels.shape[2],
-                "fps": base.fps,
-                "file": f"lossless/{name}.mkv",
-                "sha256": sha256_file(output / "lossless" / f"{name}.mkv"),
-                "seconds": round(seconds, 3),
-            }
-        )
-    return entries
+        return {
+            "id": name,
+            "prompt_id": prompt.prompt_id,
+            "text": prompt.text,
+            "seed": seed,
+            "noise_sha256": hashlib.sha256(start.numpy().tobytes()).hexdigest(),
+            "frames": pixels.shape[0],
+            "height": pixels.shape[1],
+            "width": pixels.shape[2],
+            "fps": base.fps,
+            "file": f"lossless/{name}.mkv",
+            "sha256": sha256_file(output / "lossless" / f"{name}.mkv"),
+            "seconds": round(seconds, 3),
+        }
+
+    with ThreadPoolExecutor(settings["threads"]) as pool:  # encoders let go of Python's lock
+        return list(pool.map(write, batch, frames, noise))
 
 
 if __name__ == "__main__":

@@ -67,3 +67,25 @@ class ProjectionMixing(nn.Module):
     def forward(self, sparse: Tensor, linear: Tensor, block_q: int, rows: Tensor | None = None) -> Tensor:
         """Mix outputs (B, H, N, D) of both branches."""
         return sparse + self.projection(linear.to(self.projection.weight.dtype)).to(sparse.dtype)
+
+
+class SparseOnly(nn.Module):
+    """O = O_s: the ablation of the linear branch."""
+
+    def __init__(self, heads: int, head_dim: int, query_blocks: int) -> None:
+        super().__init__()
+
+    def forward(self, sparse: Tensor, linear: Tensor | None, block_q: int, rows: Tensor | None = None) -> Tensor:
+        """The output (B, H, N, D) of the sparse branch; the other need not be computed."""
+        return sparse
+
+
+class LinearOnly(nn.Module):
+    """O = O_l: the ablation of the sparse branch."""
+
+    def __init__(self, heads: int, head_dim: int, query_blocks: int) -> None:
+        super().__init__()
+
+    def forward(self, sparse: Tensor | None, linear: Tensor, block_q: int, rows: Tensor | None = None) -> Tensor:
+        """The output (B, H, N, D) of the linear branch; the other need not be computed."""
+        return linear

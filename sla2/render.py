@@ -15,6 +15,7 @@ from sla2.backdrop import grain, light
 from sla2.scenes import position
 
 CHUNK_PIXELS = 300_000  # pixels drawn at once, so that the float planes of a pass stay in a core's cache
+GPU_CHUNK_PIXELS = 30_000_000  # what fills a GPU, where a small pass costs what a large one does
 PERIOD = 0.62  # of stripes and dots, in radii: 5 px on the smallest shapes of a 64 px frame
 SHADE = 0.4  # brightness of a stripe or dot, which keeps the shape's hue
 RIM = 0.11  # width of the unbroken edge of a striped or dotted shape, in radii, so that its outline stays readable
@@ -27,7 +28,8 @@ def render(scenes: list[dict], *, frames: int, height: int, width: int, fps: flo
         uint8 (B, T, H, W, 3) on `device`; between devices a pixel may differ by one level.
     """
     out = torch.empty((len(scenes), frames, height, width, 3), dtype=torch.uint8, device=device)
-    for clips, steps in _chunks(len(scenes), frames, height * width):
+    most = GPU_CHUNK_PIXELS if torch.device(device).type == "cuda" else CHUNK_PIXELS
+    for clips, steps in _chunks(len(scenes), frames, height * width, most):
         chunk, times = scenes[clips], torch.arange(frames, dtype=torch.float64)[steps] / fps
         backdrop = light(chunk, times, height, width, device)
         layers = [_layer(chunk, which, times, height, width, device) for which in _depths(chunk)]
@@ -72,9 +74,10 @@ def tracks(scenes: list[dict], *, frames: int, height: int, width: int, fps: flo
     return out
 
 
-def _chunks(clips: int, frames: int, pixels: int) -> Iterator[tuple[slice, slice]]:
-    steps = max(1, min(frames, CHUNK_PIXELS // pixels))
-    count = max(1, CHUNK_PIXELS // (pixels * frames))
+def _chunks(clips: int, frames: int, pixels: int, most: int) -> Iterator[tuple[slice, slice]]:
+    """Clips and frames of passes of at most `most` pixels, or of one frame."""
+    steps = max(1, min(frames, most // pixels))
+    count = max(1, most // (pixels * frames))
     for first in range(0, clips, count):
         for start in range(0, frames, steps):
             yield slice(first, first + count), slice(start, min(frames, start + steps))

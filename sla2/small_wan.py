@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from sla2.checkpoint import Checkpoint
 from sla2.flow import flow_losses, generator, heldout_loss
-from sla2.latents import Latents
+from sla2.latents import Latents, Stream
 from sla2.training import Log, batches, train
+from sla2.wan import compile_blocks
 
 
 def build_tokenizer(captions: list[str]):
@@ -163,13 +164,14 @@ def train_transformer(
     """Flow matching with Wan's shift on cached latents; the averaged weights stay in the pipeline."""
     t, seed = settings["train"], settings["seed"]
     transformer = pipeline.transformer.to(device).train()
-    order = batches(len(data), t["batch"], seed)
+    if t["compile"]:
+        compile_blocks(transformer)
+    stream = Stream(data, batches(len(data), t["batch"], seed), t["steps"], device)
     empty = data.empty_text.to(device)
 
     def loss(step: int) -> Iterator[Tensor]:
         draw = generator(seed, 2, step)
-        batch = [tensor.to(device) for tensor in data.batch(order(step))]
-        yield from flow_losses(transformer, *batch, empty, settings["flow_shift"], draw, t["caption_dropout"])
+        yield from flow_losses(transformer, *stream(step), empty, settings["flow_shift"], draw, t["caption_dropout"])
 
     def validate(step: int) -> None:
         value = heldout_loss(transformer, heldout, settings["flow_shift"], device)
@@ -188,6 +190,7 @@ def train_transformer(
         ema=t["ema"],
         validate=validate,
         validate_every=max(1, t["steps"] // 5),
+        waited_s=stream.waited_s,
     )
     transformer.eval()
 
@@ -203,5 +206,7 @@ def transformer_optimizers(transformer: nn.Module, settings: dict) -> list[torch
     decay = settings["weight_decay"]
     return [
         torch.optim.Muon(matrices, lr=settings["lr_matrices"], weight_decay=decay),
-        torch.optim.AdamW(others, lr=settings["lr"], betas=(0.9, 0.99), weight_decay=decay),
+        torch.optim.AdamW(
+            others, lr=settings["lr"], betas=(0.9, 0.99), weight_decay=decay, fused=others[0].is_cuda or None
+        ),
     ]

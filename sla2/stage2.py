@@ -25,7 +25,7 @@ from sla2.record import write_provenance
 from sla2.team import Team, join
 from sla2.training import Log, batches, train
 from sla2.variant import Variant
-from sla2.wan import BaseModel, install, load_transformer, stock
+from sla2.wan import BaseModel, compile_blocks, install, load_transformer, stock
 
 
 def choose_trainable(transformer: nn.Module, trainable: str) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
@@ -57,12 +57,6 @@ def choose_optimizer(transformer: nn.Module, settings: dict) -> torch.optim.Adam
     return torch.optim.AdamW(
         [group for group in groups if group["params"]], betas=settings["betas"], fused=on_gpu or None
     )
-
-
-def compile_blocks(transformer: nn.Module) -> None:
-    """Fuse norms, modulation and rotary embedding of each block; one compilation serves all, and names stay as they are."""
-    for block in transformer.blocks:
-        block.compile()
 
 
 def main() -> None:

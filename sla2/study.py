@@ -14,7 +14,7 @@ from sla2.prompts import Prompt, read_prompts
 from sla2.variant import Variant, read_variants
 
 WAN_SPATIAL, WAN_TEMPORAL, PATCH = 8, 4, 2
-COUNTS = ("seeds", "headline", "gpus", "nodes")  # of section stage2
+NOT_OF_A_RUN = ("seeds", "headline", "gpus", "nodes", "of_rows")  # of section stage2
 
 
 @dataclass(frozen=True)
@@ -91,16 +91,19 @@ class Study:
     def section(self, name: str, **extra: object) -> dict:
         """Settings of one step: its config section, study, seed, device and threads, and what else it needs.
 
-        The counts of training runs, GPUs and nodes are left out: they say how many there are, not what a job computes.
+        The counts of training runs, GPUs and nodes are left out: they say how many there are, not what a job computes. What
+        `stage2.of_rows` changes for a row is put in its place.
 
         Args:
             name: a section, such as `stage2`, or a part of one, such as `score.judge`.
-            extra: what the job needs beyond its section.
+            extra: what the job needs beyond its section; of stage2, `variant` is the row.
         """
         values = self.config
         for part in name.split("."):
             values = values[part]
-        values = {key: value for key, value in values.items() if name != "stage2" or key not in COUNTS}
+        if name == "stage2":
+            own = values["of_rows"].get(extra.get("variant", {}).get("variant"), {})
+            values = {key: value for key, value in values.items() if key not in NOT_OF_A_RUN} | own
         values["threads"] = values.get("threads") or self.config["threads"]
         return {key: self.config[key] for key in ("study", "seed", "device")} | values | extra
 

@@ -30,11 +30,11 @@ from sla2.flow import flow_losses, generator, predict
 from sla2.progress import say
 from sla2.random_wan import SIZES, WAN_TRANSFORMER, random_transformer
 from sla2.record import write_provenance
-from sla2.stage2 import choose_optimizer, compile_blocks
+from sla2.stage2 import choose_optimizer
 from sla2.study import Study
 from sla2.training import GIB, Average, update
 from sla2.variant import FULL
-from sla2.wan import install
+from sla2.wan import compile_blocks, install
 
 COLUMNS = ("pass", "size", "tokens", "row", "batch", "compiled", "seconds", "fastest", "slowest", "peak_gib", "reason")
 DENSE = {"dense-fa2": SDPBackend.FLASH_ATTENTION, "dense-cudnn": SDPBackend.CUDNN_ATTENTION}

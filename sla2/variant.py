@@ -30,6 +30,8 @@ MIXINGS = {
     "alpha": "sla2.mixing:AlphaMixing",
     "sum": "sla2.mixing:SumMixing",
     "projection": "sla2.mixing:ProjectionMixing",
+    "sparse": "sla2.mixing:SparseOnly",  # no linear branch
+    "linear": "sla2.mixing:LinearOnly",  # no sparse branch; with sla_main, linear attention over all keys
 }
 QUANTIZERS = {
     "none": "sla2.quantization:NO_QUANTIZATION",

@@ -144,6 +144,16 @@ def install(transformer: nn.Module, variant: Variant, settings: AttentionSetting
         attn.set_processor(AttentionProcessor(module.to(attn.to_q.weight.device)))
 
 
+def compile_blocks(transformer: nn.Module) -> None:
+    """Fuse norms, modulation and rotary embedding of each block; one compilation serves all, and names stay as they are.
+
+    Each size of batch is compiled by itself: a run has two of them, its own and that of the held-out loss, and a kernel for any
+    size is slower.
+    """
+    for block in transformer.blocks:
+        block.compile(dynamic=False)
+
+
 @contextmanager
 def processors(transformer: nn.Module, chosen: list) -> Iterator[None]:
     """Run blocks with these self-attention processors, one per block; the former ones come back, also after an exception."""

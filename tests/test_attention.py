@@ -9,7 +9,8 @@ from sla2.variant import Variant, read_variants
 from sla2_kernels import reference
 
 SETTINGS = AttentionSettings(block_q=16, block_k=8)
-ROWS = [row for row in read_variants("config/variants.tsv").values() if row.attention != "full"]
+SHEET = read_variants("config/mini.tsv")
+ROWS = [row for row in SHEET.values() if row.attention != "full" and "step" not in row.variant]
 
 
 def row(**changes):
@@ -53,6 +54,20 @@ def test_alpha_one_is_the_sparse_branch_and_alpha_zero_the_linear_one():
     for logit, expected in ((60.0, sparse), (-60.0, linear)):
         attention.mixing.logit.data.fill_(logit)
         torch.testing.assert_close(attention(q, k, v), expected)
+
+
+def test_one_branch_alone_is_computed_alone(monkeypatch):
+    q, k, v = qkv()
+    whole = module(row(attention="sla_main"))
+    mask, smooth = whole.route(q, k), reference.smooth_keys(k)
+    sparse, _ = reference.sparse_attention(q, k, v, mask, 16, 8)
+    linear = reference.linear_attention(q.softmax(-1), smooth.softmax(-1), v, torch.ones_like(mask), 16, 8)
+    for mixing, expected, other in (("sparse", sparse, "linear_attention"), ("linear", linear, "sparse_attention")):
+        alone = module(row(attention="sla_main", mixing=mixing))
+        alone.router.load_state_dict(whole.router.state_dict())
+        with monkeypatch.context() as patch:
+            patch.setattr(f"sla2.attention.{other}", None)  # calling it fails
+            torch.testing.assert_close(alone(q, k, v), expected)
 
 
 def test_exact_alpha_and_exact_linear_branch_reassemble_full_attention():

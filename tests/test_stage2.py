@@ -143,7 +143,7 @@ def test_best_weights_are_those_with_the_lowest_heldout_loss(base, tmp_path):
 def test_every_block_is_compiled_in_place(base, tmp_path, monkeypatch):
     """In place: names of parameters stay. Compiled kernels themselves need a GPU (`sla2.training_cost --compile`)."""
     compiled = []
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda block: compiled.append(block))
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda block, dynamic: compiled.append(block))
     fine_tune(base, tmp_path, compile=True, steps=1, checkpoint_every=9, validate_every=9)
     assert [type(block).__name__ for block in compiled] == ["WanTransformerBlock"] * 2
 

@@ -87,6 +87,9 @@ IMPOSSIBLE = [
     ({"stage2.warmup": 100000}, "stage2.warmup", ["100000", "fewer"]),
     ({"stage2.headline.rows": ["full", "sla3"]}, "stage2.headline.rows", ["sla3", "choose"]),
     ({"stage2.headline.rows": ["base"]}, "stage2.headline.rows", ["base", "not fine-tuned", "remove"]),
+    ({"stage2.of_rows": {"sla3": {"steps": 9}}}, "stage2.of_rows.sla3", ["sla3", "choose"]),
+    ({"stage2.of_rows": {"base": {"steps": 9}}}, "stage2.of_rows.base", ["base", "not fine-tuned"]),
+    ({"stage2.of_rows": {"full": {"steps": 1}}}, "stage2.of_rows.full.warmup", ["5", "1 steps", "fewer"]),
     ({"stage2.seeds": 3}, "stage2.headline.seeds", ["2", "3", "at least"]),
     ({"variants.rows": ["base", "full", "sla2-99"]}, "variants.rows", ["sla2-99", "sla2-97"]),
     (
@@ -237,6 +240,15 @@ def test_section_leaves_out_what_only_counts_jobs():
     assert study.section("generate")["seeds"] == study.config["generate"]["seeds"]
     assert study.section("base_model")["threads"] == study.config["base_model"]["threads"]
     assert study.section("score.judge")["threads"] == study.config["threads"]
+
+
+def test_a_row_can_be_fine_tuned_otherwise():
+    study = load_study(ROOT / "config/mini.yaml")
+    settings = {name: study.section("stage2", variant=row.row()) for name, row in study.variants.items()}
+    assert settings["sla2-97-distill"]["loss"] == "distill"
+    assert settings["sla2-97-step50"]["steps"] == 50
+    assert settings["sla2-97"]["steps"] == study.config["stage2"]["steps"]
+    assert all("of_rows" not in values for values in settings.values())
 
 
 def leaves(schema: dict, key: str = ""):

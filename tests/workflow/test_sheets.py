@@ -55,6 +55,13 @@ def test_shipped_variants():
     assert len({rows[name].stage1_group for name in ("sla2-97", "sla2-97-ptq", "sla2-97-fp8")}) == 1
 
 
+def test_mini_has_the_rows_of_every_study_and_more():
+    rows, mini = read_variants(ROOT / "config/variants.tsv"), read_variants(ROOT / "config/mini.tsv")
+    assert [mini[name] for name in rows] == list(rows.values())
+    # What is fine-tuned otherwise starts from the same stage 1.
+    assert len({row.stage1_group for name, row in mini.items() if name.startswith("sla2-97-topk")}) == 1
+
+
 @pytest.mark.parametrize(
     ("sparsity", "blocks", "kept"), [(0.97, 36, 1), (0.97, 512, 15), (0.95, 512, 26), (0.0, 36, 36), (0.97, 3, 1)]
 )
