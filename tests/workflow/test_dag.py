@@ -13,7 +13,17 @@ pytestmark = pytest.mark.xdist_group("dag")
 CONFIGS = ["tiny", "mini", "wan2.1-1.3b-480p", "wan2.1-14b-720p"]
 TABLES = {
     f"tables/{name}.csv"
-    for name in ["quality", "fidelity", "attention", "efficiency", "training", "ablation", "variants", "validity"]
+    for name in [
+        "quality",
+        "fidelity",
+        "attention",
+        "efficiency",
+        "training",
+        "routers",
+        "ablation",
+        "variants",
+        "validity",
+    ]
 }
 TABLES |= {"tables/study.json", "tables/provenance.json"}
 FIGURES = {
@@ -25,6 +35,7 @@ FIGURES = {
         "pareto",
         "attention_error_by_layer",
         "training_curves",
+        "routers",
         "what_metrics_see",
     ]
     for kind in ("svg", "png")
