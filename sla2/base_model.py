@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from sla2.errors import UserError, run_main
-from sla2.files import settings_hash, sha256_file, sha256_folder, write_folder, write_json
+from sla2.files import read_json, settings_hash, sha256_file, sha256_folder, write_folder, write_json
 from sla2.progress import say
 from sla2.record import write_provenance
 
@@ -34,7 +34,7 @@ def main() -> None:
     from sla2.latents import Latents, encode_clips, encode_texts
     from sla2.small_wan import build_pipeline, train_transformer, train_vae
     from sla2.training import Log
-    from sla2.wan import load_text_encoder, load_transformer_config, load_vae
+    from sla2.wan import load_pipeline, load_text_encoder, load_transformer_config, load_vae
 
     device = claim_device(settings)
     splits = {name: Clips(args.data / f"{name}.jsonl", settings["video"], device) for name in ("train", "heldout")}
@@ -57,13 +57,23 @@ def main() -> None:
         return {name: Latents(latents / name) for name in used}
 
     place, revision = settings["pretrained"], settings["revision"]
+    note = output / "trained.json"  # of the pipeline beside it
     if place is None:
         place = str(output / "pipeline")
-        pipeline = build_pipeline(settings, splits["train"].captions)
-        train_vae(pipeline.vae, splits["train"], settings, device, work, log)
-        data = encode(lambda: pipeline.to(device), lambda: pipeline.vae)
-        train_transformer(pipeline, data["train"], data["heldout"], settings, device, work, log)
-        write_folder(place, lambda folder: pipeline.to("cpu").save_pretrained(folder))
+        trained = read_json(note) if note.is_file() else {}
+        if trained.get("identity") == identity:
+            # Weights travel to another machine more easily than latents do, which are a hundred times their size.
+            say("base_model: already trained; latents are encoded where they are missing")
+            log.restore(trained["log"])
+            pipeline = load_pipeline(place, None)
+            encode(lambda: pipeline.to(device), lambda: pipeline.vae.eval())
+        else:
+            pipeline = build_pipeline(settings, splits["train"].captions)
+            train_vae(pipeline.vae, splits["train"], settings, device, work, log)
+            data = encode(lambda: pipeline.to(device), lambda: pipeline.vae)
+            train_transformer(pipeline, data["train"], data["heldout"], settings, device, work, log)
+            write_folder(place, lambda folder: pipeline.to("cpu").save_pretrained(folder))
+            write_json(note, {"identity": identity, "log": log.state()})
     else:
         encode(lambda: load_text_encoder(place, revision, device), lambda: load_vae(place, revision).eval())
     config = load_transformer_config(place, revision)

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from snakemake.utils import update_config
 
-from sla2.config import load_study
+from sla2.config import check_study, load_study
 from sla2.config_checks import check_paths
 from sla2.errors import UserError
 
@@ -243,7 +244,11 @@ def test_section_leaves_out_what_only_counts_jobs():
 
 
 def test_a_row_can_be_fine_tuned_otherwise():
-    study = load_study(ROOT / "config/mini.yaml")
+    files = [ROOT / "config/mini.yaml", ROOT / "config/overlays/mini-curves.yaml"]
+    config: dict = {}
+    for file in files:  # as Snakemake merges several of --configfile
+        update_config(config, yaml.safe_load(file.read_text()))
+    study = check_study(config, files)
     settings = {name: study.section("stage2", variant=row.row()) for name, row in study.variants.items()}
     assert settings["sla2-97-distill"]["loss"] == "distill"
     assert settings["sla2-97-step50"]["steps"] == 50

@@ -1,0 +1,50 @@
+"""Step base_model: what is trained already is not trained again."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from sla2 import base_model, data, small_wan
+from sla2.config import as_argument, load_study
+from sla2.files import sha256_folder
+
+STUDY = load_study(Path(__file__).parent / "workflow/micro.yaml")
+
+
+@pytest.fixture
+def step(tmp_path, monkeypatch):
+    """Runs a step of the micro study with some settings changed, in `tmp_path`."""
+
+    def run(module, name: str, *options: str, **changes) -> None:
+        settings = STUDY.section(name, **changes)
+        arguments = ["--settings", as_argument(settings), "--output", str(tmp_path / name), *options]
+        monkeypatch.setattr(sys, "argv", [name, *arguments])
+        module.main()
+
+    run(data, "data")
+    return lambda **changes: run(
+        base_model, "base_model", "--data", str(tmp_path / "data"), video=STUDY.config["data"]["video"], **changes
+    )
+
+
+def test_weights_without_their_latents_are_taken_up_again(step, tmp_path, monkeypatch):
+    """As they are after a move to another machine."""
+    output = tmp_path / "base_model"
+    step()
+    found = [json.loads((output / "base_model.json").read_text()), (output / "log.csv").read_text()]
+    latents = output / found[0]["latents"]
+    encoded = sha256_folder(latents, "*.safetensors")
+    shutil.rmtree(latents)
+    for name in ("base_model.json", "log.csv"):
+        (output / name).unlink()
+    with monkeypatch.context() as patch:
+        for name in ("train_vae", "train_transformer"):
+            patch.setattr(small_wan, name, None)  # calling it fails
+        step()
+        assert [json.loads((output / "base_model.json").read_text()), (output / "log.csv").read_text()] == found
+        assert sha256_folder(latents, "*.safetensors") == encoded
+        with pytest.raises(TypeError):
+            step(seed=1)  # other settings are trained
