@@ -9,6 +9,7 @@ import datetime
 import importlib.metadata
 import io
 import math
+import os
 import platform
 import subprocess
 import sys
@@ -180,15 +181,16 @@ def _versions() -> dict[str, str]:
 
 
 def _git_state() -> dict:
-    """Commit and dirty flag of the checkout that this package runs from; empty outside one."""
+    """Commit and dirty flag of the checkout that this package runs from; of a copy without one, what SLA2_COMMIT says, or nothing."""
     here = Path(__file__).resolve().parent
+    told = {"commit": os.environ["SLA2_COMMIT"], "dirty": None} if os.environ.get("SLA2_COMMIT") else {}
     try:
         commit = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
         if commit.returncode:
-            return {}
+            return told
         status = subprocess.run(
             ["git", "-C", here, "status", "--porcelain"], capture_output=True, text=True, check=False
         )
     except FileNotFoundError:
-        return {}
+        return told
     return {"commit": commit.stdout.strip(), "dirty": bool(status.stdout.strip())}

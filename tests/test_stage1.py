@@ -198,7 +198,7 @@ def test_alpha_fit_finds_the_alpha_that_made_the_output():
     torch.testing.assert_close(module.mixing.alpha(7), wanted.clamp(0.02, 0.98), atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("mixing", ["alpha", "sum", "projection"])
+@pytest.mark.parametrize("mixing", ["alpha", "sum", "projection", "sparse"])
 @pytest.mark.parametrize("router", ["learned", "mean_pool"])
 def test_layer_report(router, mixing):
     module, (q, k, v, o) = layer(router=router, mixing=mixing)
