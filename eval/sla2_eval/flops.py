@@ -68,7 +68,7 @@ def head_flops(
         block_q, block_k: tokens in a query block and in a key block.
         attention: `full`, `sla`, `sla_main` or `sla2`; `sla_main` sums its linear branch over all keys once.
         router: `none`, `learned`, `mean_pool` or `random`.
-        mixing: `none`, `alpha`, `sum` or `projection`.
+        mixing: `none`, `alpha`, `sum`, `projection`, or `sparse` or `linear`: that branch alone.
 
     Raises:
         ValueError: when the mask does not have one entry per pair of blocks.
@@ -78,12 +78,16 @@ def head_flops(
         raise ValueError(
             f"{tokens} tokens in blocks of {block_q} and {block_k} make a mask of {(len(rows), len(columns))}, got {tuple(mask.shape)}"
         )
-    sparse = 4 * head_dim * int(_kept_pairs(mask, rows, columns))
-    if attention == "full" or bool(mask.all()):
+    if mixing == "linear":
+        router, sparse = "none", 0  # neither is needed
+    else:
+        sparse = 4 * head_dim * int(_kept_pairs(mask, rows, columns))
+    if attention == "full" or (bool(mask.all()) and mixing != "linear"):
         return Flops(sparse=sparse)
     state = head_dim * head_dim + head_dim  # entries of one block's h_j and z_j
     gather = len(columns) * state if attention == "sla_main" else 2 * len(rows) * len(columns) * state
     linear = tokens * (2 * head_dim * head_dim + head_dim) + gather + tokens * (2 * head_dim * head_dim + 2 * head_dim)
+    linear = 0 if mixing == "sparse" else linear
     return Flops(
         router=_router(router, tokens, head_dim, len(rows), len(columns)),
         sparse=sparse,
@@ -125,6 +129,8 @@ def _router(router: str, tokens: int, head_dim: int, t_m: int, t_n: int) -> int:
 def _mixing(mixing: str, tokens: int, head_dim: int) -> int:
     return {
         "none": 0,
+        "sparse": 0,
+        "linear": 0,
         "alpha": 3 * tokens * head_dim,
         "sum": tokens * head_dim,
         "projection": tokens * head_dim * (2 * head_dim + 1),

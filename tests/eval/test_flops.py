@@ -49,6 +49,16 @@ def test_items_by_hand() -> None:
     )
 
 
+def test_one_branch_alone_costs_that_branch() -> None:
+    mask = top_mask(1, 2, 4, 1)[0]
+    n, d = 8, 3
+    both = head_flops(mask, n, d, 4, 2, **SLA2)
+    sparse = head_flops(mask, n, d, 4, 2, "sla2", "learned", "sparse")
+    assert sparse == Flops(router=both.router, sparse=both.sparse)
+    linear = head_flops(mask, n, d, 4, 2, "sla_main", "mean_pool", "linear")
+    assert linear == Flops(linear=n * (2 * d * d + d) + 4 * (d * d + d) + n * (2 * d * d + 2 * d))
+
+
 def test_skipping_more_costs_less() -> None:
     totals = [layer_flops(top_mask(4, 18, 36, kept), 576, 32, 32, 16, **SLA2).total for kept in (36, 20, 8, 4, 2, 1)]
     assert totals == sorted(totals, reverse=True)
