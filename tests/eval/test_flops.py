@@ -53,9 +53,9 @@ def test_one_branch_alone_costs_that_branch() -> None:
     mask = top_mask(1, 2, 4, 1)[0]
     n, d = 8, 3
     both = head_flops(mask, n, d, 4, 2, **SLA2)
-    sparse = head_flops(mask, n, d, 4, 2, "sla2", "learned", "sparse")
+    sparse = head_flops(mask, n, d, 4, 2, attention="sla2", router="learned", mixing="sparse")
     assert sparse == Flops(router=both.router, sparse=both.sparse)
-    linear = head_flops(mask, n, d, 4, 2, "sla_main", "mean_pool", "linear")
+    linear = head_flops(mask, n, d, 4, 2, attention="sla_main", router="mean_pool", mixing="linear")
     assert linear == Flops(linear=n * (2 * d * d + d) + 4 * (d * d + d) + n * (2 * d * d + 2 * d))
 
 
