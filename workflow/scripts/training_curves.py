@@ -41,10 +41,15 @@ def base_panel(ax: Axes, rows: list[dict]) -> None:
             ax.plot(steps, values, color=style("sla2").color, marker="o", markersize=4, label=f"{metric}, held out")
     ax.legend()
     if min(row["value"] for row in rows) > 0:
-        ax.set_yscale("log")
-        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        ax.yaxis.set_major_formatter(ScalarFormatter())
-        ax.yaxis.set_minor_formatter(NullFormatter())
+        logarithmic(ax)
+
+
+def logarithmic(ax: Axes) -> None:
+    """Logarithmic y axis with plain numbers."""
+    ax.set_yscale("log")
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.yaxis.set_major_formatter(ScalarFormatter())
+    ax.yaxis.set_minor_formatter(NullFormatter())
 
 
 def run_panel(ax: Axes, rows: list[dict], metric: str, looks: dict[str, str]) -> list[str]:
@@ -79,6 +84,8 @@ def draw(tables: TableSet) -> Figure:
     for ax, (title, (stage, metric, looks)) in zip(axes[len(phases) :], stages.items(), strict=True):
         drawn = run_panel(ax, [row for row in training if row["stage"] == stage], metric, looks)
         ax.set(title=title, xlabel="step", ylabel=LABELS[metric])
+        if drawn and metric == "hard_error":  # rows without alpha err ten times as much as the rest
+            logarithmic(ax)
         if not drawn:
             ax.text(0.5, 0.5, "nothing was trained", transform=ax.transAxes, ha="center", color="#666666")
         shown += drawn
