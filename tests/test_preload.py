@@ -19,8 +19,8 @@ if sys.argv[1] == "facts":
     print(json.dumps([sys.argv[1:], os.getcwd(), os.environ["COLOR"], "decimal" in sys.modules]))
     print("to stderr", file=sys.stderr)
 elif sys.argv[1] == "wait":
-    print(os.getpid(), flush=True)
-    try:
+    try:  # before the line that the test waits for, or its signal may come too early
+        print(os.getpid(), flush=True)
         time.sleep(60)
     except KeyboardInterrupt:
         sys.exit(130)
