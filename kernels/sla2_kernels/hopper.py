@@ -33,7 +33,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from sla2_kernels import launch
-from sla2_kernels.primitives import INTERPRETED, on_device
+from sla2_kernels.primitives import INTERPRETED, on_device, tma_aligned
 
 if TYPE_CHECKING:
     from sla2_kernels.low_bit import Operands
@@ -408,16 +408,13 @@ class LinearBranch:
 
 def serves(q: Tensor, k: Tensor, v: Tensor, block_q: int, block_k: int) -> bool:
     """Whether this kernel takes the tensors: sm_90, bf16, the paper's blocks, D in steps of 8 from 40 to 128, TMA's alignment."""
-    aligned = all(
-        x.data_ptr() % 16 == 0 and all(step * x.element_size() % 16 == 0 for step in x.stride()[:3]) for x in (q, k, v)
-    )
     return (
         not INTERPRETED.value
         and launch.architecture(q.device) == 90
         and q.dtype == torch.bfloat16
         and (block_q, block_k) == (BLOCK_Q, BLOCK_K)
         and q.shape[3] in range(40, 129, 8)
-        and aligned
+        and tma_aligned(q, k, v)
     )
 
 

@@ -29,6 +29,7 @@ from sla2_kernels.primitives import (
     on_device,
     power_of_two,
     store_tile,
+    tma_aligned,
 )
 from sla2_kernels.product import padded, padded_length, product
 
@@ -218,7 +219,8 @@ def block_states(
     z = torch.empty(B * H, blocks, D, dtype=torch.float32, device=k.device)
     BM, num_warps = linear_config("state", k, block_k)
     group, stages = STATE_GROUP if k.element_size() == 2 else (1, 1)
-    tma, k_in, v_in = blocks_of(BM, BD, k, v)
+    # h has lines of D numbers, which may be unaligned where those of a view K are not.
+    tma, k_in, v_in = blocks_of(BM, BD, k, v) if tma_aligned(h) else (False, k, v)
     with on_device(k):
         _state_kernel[(triton.cdiv(blocks, group), B * H)](
             k_in, v_in, z if mean is None else mean, square_tiles(h, BD) if tma else h, z, *k.stride()[:3],

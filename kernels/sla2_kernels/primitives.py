@@ -66,16 +66,19 @@ def dot(a, b, accumulator=None):
     return tl.dot(a, b, accumulator, input_precision="tf32x3")
 
 
+def tma_aligned(*tensors: Tensor) -> bool:
+    """Whether TMA can reach tensors (B, H, N, D): addresses and strides in multiples of 16 bytes."""
+    return all(
+        t.data_ptr() % 16 == 0 and all(step * t.element_size() % 16 == 0 for step in t.stride()[:3]) for t in tensors
+    )
+
+
 def blocks_of(rows: int, BD: int, *tensors: Tensor) -> tuple[bool, ...]:
     """Whether tiles [rows, BD] of tensors (B, H, N, D) can come by TMA, and descriptors if so, else the tensors.
 
-    TMA needs sm_90 or later, and addresses and strides in multiples of 16 bytes.
+    TMA needs sm_90 or later, and alignment.
     """
-    x = tensors[0]
-    ready = launch.architecture(x.device) >= 90 and all(
-        t.data_ptr() % 16 == 0 and all(step * t.element_size() % 16 == 0 for step in t.stride()[:3]) for t in tensors
-    )
-    if not ready:
+    if launch.architecture(tensors[0].device) < 90 or not tma_aligned(*tensors):
         return False, *tensors
     return True, *(TensorDescriptor(t, list(t.shape), list(t.stride()), [1, 1, rows, BD]) for t in tensors)
 

@@ -52,3 +52,10 @@ def test_every_kernel_compiles_within_limits(arch):
             assert r.spilled_bytes <= SPILLED, figures
             if arch == 90 and one.name in WGMMA:
                 assert "wgmma.mma_async" in r.ptx, one.name
+
+
+def test_a_view_whose_own_lines_are_aligned_and_whose_states_are_not_goes_without_tma():
+    k = torch.zeros(1, 2, 512, 24, dtype=torch.bfloat16)[..., :20]  # lines of 48 bytes, 40 of them D
+    with recorded(90) as launches:
+        linear.block_states(k, k, 64, "softmax")
+    assert [one.options["TMA"] for one in launches] == [False]

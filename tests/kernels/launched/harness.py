@@ -126,6 +126,18 @@ def assert_as_good_as_plain(found, plain, exact, names, dtype, slack: float = 2.
         assert ours <= slack * theirs + floor, f"{name}: error {ours:.2e}, plain torch {theirs:.2e} in {dtype}"
 
 
+def assert_errs_like_oracle(
+    found: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, case: Case, precision: str
+) -> None:
+    """A low-bit sparse branch errs, not by nothing and at most half more than fp64 arithmetic on the same quantised numbers."""
+    wide, smooth = [x.double() for x in (q, k, v)], reference.smooth_keys(k.double())
+    exact, _ = reference.sparse_attention(*wide, mask, **case.blocks)
+    oracle, _ = reference.low_bit_sparse_attention(wide[0], smooth, wide[2], mask, **case.blocks, precision=precision)
+    ours, expected = distance(found, exact), distance(oracle, exact)
+    print(f"{precision}: {ours:.4f}, oracle {expected:.4f}")
+    assert 0.5 * expected < ours < 1.5 * expected + torch.finfo(torch.bfloat16).eps
+
+
 def compare(ours, plain, inputs: list[Tensor], grad: Tensor, names: str) -> None:
     """Check output and gradients of a kernel against float64 by plain torch's error."""
     exact = with_gradients(plain, [x.double() for x in inputs], grad.double())

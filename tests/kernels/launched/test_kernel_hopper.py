@@ -2,7 +2,18 @@
 
 import pytest
 import torch
-from harness import Case, compare, distance, draw, draw_mask, plain_linear, plain_sparse, seed, with_gradients
+from harness import (
+    Case,
+    assert_errs_like_oracle,
+    compare,
+    distance,
+    draw,
+    draw_mask,
+    plain_linear,
+    plain_sparse,
+    seed,
+    with_gradients,
+)
 
 from sla2_kernels import hopper, reference, sla2_attention, sparse_attention
 
@@ -97,14 +108,7 @@ def test_low_bit_errs_like_its_oracle(case, precision, save, poison):
     mask, alpha = draw_mask(case), torch.ones(case.grid[1:3], device="cuda")
     leaves = [x.detach().requires_grad_(save) for x in (q, k, v)]
     found = sla2_attention(*leaves, alpha=alpha, mask=mask, precision=precision).detach()
-    wide = [x.double() for x in (q, k, v)]
-    exact, _ = reference.sparse_attention(*wide, mask, 128, 64)
-    oracle, _ = reference.low_bit_sparse_attention(
-        wide[0], reference.smooth_keys(wide[1]), wide[2], mask, 128, 64, precision
-    )
-    ours, expected = distance(found, exact), distance(oracle, exact)
-    print(f"{precision}: {ours:.4f}, oracle {expected:.4f}")
-    assert 0.5 * expected < ours < 1.5 * expected + torch.finfo(torch.bfloat16).eps
+    assert_errs_like_oracle(found, q, k, v, mask, case, precision)
 
 
 @pytest.mark.parametrize("precision", ["none", "int8", "fp8"])

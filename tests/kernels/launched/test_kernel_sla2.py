@@ -7,6 +7,7 @@ from harness import (
     DEVICE,
     GPU_CASES,
     Case,
+    assert_errs_like_oracle,
     compare,
     distance,
     draw,
@@ -159,14 +160,7 @@ def test_low_bit_forward_errs_like_its_oracle(precision, kind):
     mask = draw_mask(case)
     alpha = torch.ones(case.grid[1:3], device=DEVICE)
     found = sla2_attention(q, k, v, alpha=alpha, mask=mask, precision=precision, **case.blocks, **TRITON)
-    wide = [x.double() for x in (q, k, v)]
-    exact, _ = reference.sparse_attention(*wide, mask, 64, 32)
-    oracle, _ = reference.low_bit_sparse_attention(
-        wide[0], reference.smooth_keys(wide[1]), wide[2], mask, 64, 32, precision
-    )
-    ours, expected = distance(found, exact), distance(oracle, exact)
-    print(f"{precision} {kind}: {ours:.4f}, oracle {expected:.4f}")
-    assert 0.5 * expected < ours < 1.5 * expected + torch.finfo(torch.bfloat16).eps
+    assert_errs_like_oracle(found, q, k, v, mask, case, precision)
 
 
 @pytest.mark.parametrize("precision", ["int8-bf16", "int8"])
