@@ -18,6 +18,7 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 from sla2.files import atomic_path
 from sla2_eval.palette import style
@@ -92,6 +93,14 @@ def panels(count: int, columns: int, width: float, height: float, **options: obj
     for ax in axes[count:]:
         ax.set_axis_off()
     return figure, axes[:count]
+
+
+def logarithmic(ax: Axes) -> None:
+    """Logarithmic y axis with plain numbers."""
+    ax.set_yscale("log")
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.yaxis.set_major_formatter(ScalarFormatter())
+    ax.yaxis.set_minor_formatter(NullFormatter())
 
 
 def with_unit(tables: TableSet, metric: str, text: str) -> str:

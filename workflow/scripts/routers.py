@@ -4,7 +4,6 @@ from statistics import fmean
 
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 from sla2.errors import run_main
 from sla2.variant import LEARNED_ROUTERS, Variant
@@ -70,10 +69,7 @@ def draw(tables: TableSet) -> Figure:
         if not ax.lines:
             ax.text(0.5, 0.5, "no router was learned", transform=ax.transAxes, ha="center", color="#666666")
         elif metric in LOGARITHMIC:
-            ax.set_yscale("log")
-            ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            ax.yaxis.set_major_formatter(ScalarFormatter())
-            ax.yaxis.set_minor_formatter(NullFormatter())
+            plot.logarithmic(ax)
         ax.set(title=PANELS[metric], xlabel="sparsity (fraction of key blocks skipped)")
         ax.set_xticks(sorted({variant.sparsity for variant in runs.values()}))
     plot.legend(figure, list(handles.values()))

@@ -3,7 +3,6 @@
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 from sla2.errors import run_main
 from sla2.variant import Variant
@@ -41,15 +40,7 @@ def base_panel(ax: Axes, rows: list[dict]) -> None:
             ax.plot(steps, values, color=style("sla2").color, marker="o", markersize=4, label=f"{metric}, held out")
     ax.legend()
     if min(row["value"] for row in rows) > 0:
-        logarithmic(ax)
-
-
-def logarithmic(ax: Axes) -> None:
-    """Logarithmic y axis with plain numbers."""
-    ax.set_yscale("log")
-    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    ax.yaxis.set_major_formatter(ScalarFormatter())
-    ax.yaxis.set_minor_formatter(NullFormatter())
+        plot.logarithmic(ax)
 
 
 def run_panel(ax: Axes, rows: list[dict], metric: str, looks: dict[str, str]) -> list[str]:
@@ -85,7 +76,7 @@ def draw(tables: TableSet) -> Figure:
         drawn = run_panel(ax, [row for row in training if row["stage"] == stage], metric, looks)
         ax.set(title=title, xlabel="step", ylabel=LABELS[metric])
         if drawn and metric == "hard_error":  # rows without alpha err ten times as much as the rest
-            logarithmic(ax)
+            plot.logarithmic(ax)
         if not drawn:
             ax.text(0.5, 0.5, "nothing was trained", transform=ax.transAxes, ha="center", color="#666666")
         shown += drawn
