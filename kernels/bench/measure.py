@@ -241,7 +241,7 @@ def measure_parts(table: Table, shape: str, sparsity: float) -> None:
     alpha = torch.rand(H, reference.num_blocks(N, 128), device="cuda")
     eye = torch.eye(D, device="cuda")
     settings = fused.Settings(kept_blocks(N, sparsity), 128, 64, "softmax", True, "none")
-    pooled, pooled_queries = routing.pool((k, 64, False), (q, 128, False))
+    pooled, pooled_queries = routing.pool((k, 64), (q, 128))
     mean = routing.key_mean(pooled, N, 64)
     chosen = routing.empty_route(H, pooled_queries.shape[1], pooled.shape[1], settings.kept, q.dtype, q.device)
     routing.route(pooled_queries, pooled, mean, (eye, eye), settings.kept, chosen)
@@ -249,7 +249,7 @@ def measure_parts(table: Table, shape: str, sparsity: float) -> None:
     state = fused.product(chosen.weight, h.flatten(2)).view(H, -1, D, D)
     total = fused.remaining(z, chosen.tables, pooled.shape[1])
     parts = {
-        "pooling": lambda: routing.key_mean(routing.pool((k, 64, False), (q, 128, False))[0], N, 64),
+        "pooling": lambda: routing.key_mean(routing.pool((k, 64), (q, 128))[0], N, 64),
         "routing": lambda: routing.route(pooled_queries, pooled, mean, (eye, eye), settings.kept, chosen),
         "block states": lambda: linear.block_states(k, v, 64, "softmax", mean),
         "sum of states": lambda: (

@@ -32,7 +32,7 @@ def steps() -> dict[str, object]:
     H, N, D = SHAPES["1.3B-480p"]
     q, k, v, grad = draw(H, N, D, 4)
     alpha, eye = torch.rand(H, reference.num_blocks(N, 128), device="cuda"), torch.eye(D, device="cuda")
-    pooled, pooled_queries = routing.pool((k, 64, False), (q, 128, False))
+    pooled, pooled_queries = routing.pool((k, 64), (q, 128))
     mean = routing.key_mean(pooled, N, 64)
     chosen = routing.empty_route(H, pooled_queries.shape[1], pooled.shape[1], kept_blocks(N, 0.97), q.dtype, q.device)
     routing.route(pooled_queries, pooled, mean, (eye, eye), kept_blocks(N, 0.97), chosen)

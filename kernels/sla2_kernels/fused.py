@@ -57,7 +57,7 @@ def _remaining_kernel(z, z_sum, table, count, total, entries, blocks, padded_blo
 
 
 @triton.jit
-def _mixed_kernel(q, k, v, k_scale, v_scale, table, count, alpha, o, o_sparse, lse,
+def _mixed_kernel(q, k, v, k_scale, v_largest, table, count, alpha, o, o_sparse, lse,
                   stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
                   stride_ob, stride_oh, stride_on, H, N, entries, blocks, scale,
                   D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BLOCK_Q: tl.constexpr,
@@ -73,7 +73,7 @@ def _mixed_kernel(q, k, v, k_scale, v_scale, table, count, alpha, o, o_sparse, l
     if LOW_BIT:
         v_head = v if FP8_PV else v + head_offset(i_bh, H, stride_vb, stride_vh)
         out, log_sum = low_bit_rows(
-            q_tile, k, k_scale, v_head, v_scale + i_bh * D, i_bh * blocks, table, kept, scale, N, stride_vn,
+            q_tile, k, k_scale, v_head, v_largest + i_bh * D, i_bh * blocks, table, kept, scale, N, stride_vn,
             BM, D, BD, BLOCK_K, FP8_PV, TMA, STAGES)  # fmt: skip
     else:
         out, log_sum = sparse_rows(
@@ -121,6 +121,8 @@ def low_bit_sparse(
     """O_s and L of the sparse branch alone; its keys are smooth already."""
     on_hopper = hopper.serves(q, k, v, s.block_q, s.block_k)
     low = empty_operands(k, v, s.block_k, s.precision)
+    if low.low_values:
+        low.v_largest = torch.linalg.vector_norm(v, torch.inf, dim=2, dtype=torch.float32).flatten(0, 1)
     quantise_keys_values(k, v, None, low, permuted=on_hopper)
     if on_hopper:
         o, _, lse = hopper.forward(q, k, v, tables, None, low, save=True)
@@ -145,15 +147,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor, tables: tuple[Tensor, Tensor], o: Te
     table, count = tables
     c = config("low_bit_forward" if low else "sparse_forward", q, BD, s.block_q, s.block_k)
     if low:
-        k_scale, v_scale = low.k_scale, low.v_scale
+        k_scale, v_largest = low.k_scale, low.v_largest
         tma, k_in, v_in = flat_blocks(low.k8, low.v8)
     else:
         tma, k_in, v_in = blocks_of(c.BN, BD, k, v)
-        k_scale = v_scale = count
+        k_scale = v_largest = count
     out = o if mixed else o_sparse
     with on_device(q):
         _mixed_kernel[(triton.cdiv(N, c.BM), B * H)](
-            q, k_in, v_in, k_scale, v_scale, table, count, count if alpha is None else alpha, out, o_sparse, lse,
+            q, k_in, v_in, k_scale, v_largest, table, count, count if alpha is None else alpha, out, o_sparse, lse,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3], H, N, table.shape[-1], blocks, D**-0.5,
             D=D, BD=BD, BM=c.BM, BN=c.BN, BLOCK_Q=s.block_q, BLOCK_K=s.block_k, MIXED=mixed, WEIGHTED=alpha is not None,
             SAVE=save, LOW_BIT=low is not None, FP8_PV=low is not None and low.low_values, TMA=tma, STAGES=c.num_stages,
@@ -197,9 +199,9 @@ def forward(q: Tensor, k: Tensor, v: Tensor, alpha: Tensor | None, projections: 
     rows, blocks = triton.cdiv(N, s.block_q), triton.cdiv(N, s.block_k)
     on_hopper = hopper.serves(q, k, v, s.block_q, s.block_k)
     low = None if s.precision == "none" else empty_operands(k, v, s.block_k, s.precision)
-    pooled, *pooled_queries = pool((k, s.block_k, False), *([(q, s.block_q, False)] if mask is None else []))
+    pooled, *pooled_queries = pool((k, s.block_k), *([(q, s.block_q)] if mask is None else []))
     mean = key_mean(pooled, N, s.block_k)
-    # Routing is many small kernels and quantisation is traffic: both run beside the block states and their sum.
+    # Routing is many small kernels and runs beside the block states, quantisation is traffic and runs beside their sum.
     routing = quantising = None
     if mask is None:
         chosen = empty_route(B * H, rows, blocks, s.kept, q.dtype, q.device)
@@ -208,11 +210,12 @@ def forward(q: Tensor, k: Tensor, v: Tensor, alpha: Tensor | None, projections: 
             route(*pooled_queries, pooled, mean, projections, s.kept, chosen)
     else:
         chosen = Route(mask.flatten(0, 1), lookup(mask), padded(~mask, k.dtype))
+    largest = low.v_largest if low is not None and low.low_values else None
+    h, z = linear.block_states(k, v, s.block_k, s.feature_map, mean if s.smooth_phi else None, largest)
     if low is not None:
         quantising = Beside(q)
         with quantising:
             quantise_keys_values(k, v, mean, low, permuted=on_hopper)
-    h, z = linear.block_states(k, v, s.block_k, s.feature_map, mean if s.smooth_phi else None)
     if routing:
         routing.done()
     state = product(chosen.weight, h.flatten(2)).view(B * H, -1, D, D)

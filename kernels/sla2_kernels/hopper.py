@@ -184,7 +184,7 @@ def times_values(p, v_tiles, at, acc, LOW_PV: gl.constexpr):
 
 
 @gluon.jit
-def consume(HALF: gl.constexpr, o, o_sparse, q_ring, k_ring, v_ring, h_ring, table, count, k_scale, v_scale,
+def consume(HALF: gl.constexpr, o, o_sparse, q_ring, k_ring, v_ring, h_ring, table, count, k_scale, v_largest,
             alpha, total, lse, H, NQ, N, T_m, blocks, query_blocks, entries, scale,
             D: gl.constexpr, BD: gl.constexpr, LINEAR: gl.constexpr, WEIGHTED: gl.constexpr, SAVE: gl.constexpr,
             LOW_QK: gl.constexpr, LOW_PV: gl.constexpr, FEATURE: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
@@ -316,7 +316,8 @@ def consume(HALF: gl.constexpr, o, o_sparse, q_ring, k_ring, v_ring, h_ring, tab
         row_sum = gl.convert_layout(gl.sum(norm, 1), LINE)
         out = acc * (1 / row_sum)[:, None]
         if LOW_PV:
-            out *= gl.load(v_scale + i_bh * D + columns, mask=columns < D, other=0.0)[None, :]
+            largest = gl.load(v_largest + i_bh * D + columns, mask=columns < D, other=0.0)
+            out *= (largest / 448.0)[None, :]
 
         row = i_m * 128 + HALF * 64
         if SAVE:
@@ -371,7 +372,7 @@ def ring(dtype: gl.constexpr, layout: gl.constexpr, DEPTH: gl.constexpr, EACH: g
 
 
 @gluon.jit
-def _hopper_kernel(q, k, v, h, o, o_sparse, table, count, k_scale, v_scale, alpha, total, lse, H, NQ, N, T_m, blocks, query_blocks, entries, scale, D: gl.constexpr, BD: gl.constexpr,
+def _hopper_kernel(q, k, v, h, o, o_sparse, table, count, k_scale, v_largest, alpha, total, lse, H, NQ, N, T_m, blocks, query_blocks, entries, scale, D: gl.constexpr, BD: gl.constexpr,
                    LINEAR: gl.constexpr, WEIGHTED: gl.constexpr, SAVE: gl.constexpr, LOW_QK: gl.constexpr,
                    LOW_PV: gl.constexpr, FEATURE: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
     ROWS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, BD], gl.bfloat16)
@@ -384,10 +385,10 @@ def _hopper_kernel(q, k, v, h, o, o_sparse, table, count, k_scale, v_scale, alph
     h_ring = ring(gl.bfloat16, ROWS, 1, 1, BD, BD)
     gl.warp_specialize(
         [
-            (consume, (0, o, o_sparse, q_ring, k_ring, v_ring, h_ring, table, count, k_scale, v_scale, alpha, total,
+            (consume, (0, o, o_sparse, q_ring, k_ring, v_ring, h_ring, table, count, k_scale, v_largest, alpha, total,
                        lse, H, NQ, N, T_m, blocks, query_blocks, entries, scale, D, BD,
                        LINEAR, WEIGHTED, SAVE, LOW_QK, LOW_PV, FEATURE, STAGES)),
-            (consume, (1, o, o_sparse, q_ring, k_ring, v_ring, h_ring, table, count, k_scale, v_scale, alpha, total,
+            (consume, (1, o, o_sparse, q_ring, k_ring, v_ring, h_ring, table, count, k_scale, v_largest, alpha, total,
                        lse, H, NQ, N, T_m, blocks, query_blocks, entries, scale, D, BD,
                        LINEAR, WEIGHTED, SAVE, LOW_QK, LOW_PV, FEATURE, STAGES)),
             (produce, (q, k, v, h, q_ring, k_ring, v_ring, h_ring, table, count, H, T_m, blocks, query_blocks, entries,
@@ -450,7 +451,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, tables: tuple[Tensor, Tensor], line
     with on_device(q):
         _hopper_kernel[(min(launch.multiprocessors(q.device), B * H * T_m),)](
             rows, keys, values, tiles(linear.state.flatten(0, 1), BD, BD) if linear else rows, tiles(o, 64, BD),
-            tiles(o_sparse, 64, BD), table, count, low.k_scale if low_qk else count, low.v_scale if low_pv else count,
+            tiles(o_sparse, 64, BD), table, count, low.k_scale if low_qk else count, low.v_largest if low_pv else count,
             linear.alpha if weighted else count, linear.total if linear else count, lse, H, NQ, N, T_m,
             triton.cdiv(N, BLOCK_K), B * H * T_m, table.shape[-1], D**-0.5 * LOG2E.value, D=D, BD=BD,
             LINEAR=linear is not None, WEIGHTED=weighted, SAVE=save, LOW_QK=low_qk, LOW_PV=low_pv,

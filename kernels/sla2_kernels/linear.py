@@ -90,12 +90,14 @@ def linear_rows(phi, state, total):
 
 
 @triton.jit
-def _state_kernel(k, v, mean, h, z, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, H, N, blocks,
-                  D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr,
-                  FEATURE: tl.constexpr, CENTRE: tl.constexpr, TMA: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+def _state_kernel(k, v, mean, h, z, largest, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, H, N,
+                  blocks, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr,
+                  FEATURE: tl.constexpr, CENTRE: tl.constexpr, MAGNITUDE: tl.constexpr, TMA: tl.constexpr,
+                  STAGES: tl.constexpr):  # fmt: skip
     i_bh = tl.program_id(1)
     k, v = of_head(k, i_bh, H, stride_kb, stride_kh, TMA), of_head(v, i_bh, H, stride_vb, stride_vh, TMA)
     first = tl.program_id(0) * GROUP
+    magnitude = tl.zeros([BD], tl.float32)
     # Several blocks a program, so that the next one is on its way while this one is computed.
     for block in tl.range(first, tl.minimum(first + GROUP, blocks), num_stages=STAGES):
         state = tl.zeros([BD, BD], tl.float32)
@@ -108,12 +110,16 @@ def _state_kernel(k, v, mean, h, z, stride_kb, stride_kh, stride_kn, stride_vb, 
             phi = feature(k_tile, start + tl.arange(0, BM), N, D, BD, FEATURE).to(v_tile.dtype)
             total += tl.sum(phi.to(tl.float32), 0)  # of the rounded phi, so that a constant V comes out constant
             state = dot(tl.trans(phi), v_tile, state)
+            if MAGNITUDE:
+                magnitude = tl.maximum(magnitude, tl.max(tl.abs(v_tile), 0).to(tl.float32))
         line = i_bh.to(tl.int64) * blocks + block
         if TMA:
             h.store([line.to(tl.int32), 0, 0], state.to(v_tile.dtype).reshape(1, BD, BD))
         else:
             store_tile(h + line * D * D, state, tl.arange(0, BD), D, D, D, BD)
         tl.store(z + line * D + tl.arange(0, BD), total, mask=tl.arange(0, BD) < D)
+    if MAGNITUDE:
+        tl.atomic_max(largest + i_bh * D + tl.arange(0, BD), magnitude, mask=tl.arange(0, BD) < D)
 
 
 @triton.jit
@@ -203,7 +209,7 @@ def _state_backward_kernel(k, v, mean, dh, dz, dk, dv, column_sum, stride_kb, st
 
 
 def block_states(
-    k: Tensor, v: Tensor, block_k: int, feature_map: str, mean: Tensor | None = None
+    k: Tensor, v: Tensor, block_k: int, feature_map: str, mean: Tensor | None = None, largest: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """h (B * H, T, D, D) in the inputs' dtype and z (B * H, T, D) fp32 of every key block; T is T_n to the next multiple of 8.
 
@@ -212,6 +218,7 @@ def block_states(
     Args:
         k, v: (B, H, N, D), last dimension contiguous.
         mean: (B * H, D) fp32, taken from K first.
+        largest: (B * H, D) fp32, raised to the largest magnitude of each channel of V: reading V for it alone costs more.
     """
     B, H, N, D = k.shape
     blocks, BD = padded_length(triton.cdiv(N, block_k)), power_of_two(D)
@@ -223,9 +230,9 @@ def block_states(
     tma, k_in, v_in = blocks_of(BM, BD, k, v) if tma_aligned(h) else (False, k, v)
     with on_device(k):
         _state_kernel[(triton.cdiv(blocks, group), B * H)](
-            k_in, v_in, z if mean is None else mean, square_tiles(h, BD) if tma else h, z, *k.stride()[:3],
-            *v.stride()[:3], H, N, blocks, D=D, BD=BD, BM=BM, BLOCK=block_k, GROUP=group, FEATURE=feature_map,
-            CENTRE=mean is not None, TMA=tma, STAGES=stages, num_warps=num_warps, num_stages=stages)  # fmt: skip
+            k_in, v_in, z if mean is None else mean, square_tiles(h, BD) if tma else h, z,
+            z if largest is None else largest, *k.stride()[:3], *v.stride()[:3], H, N, blocks, D=D, BD=BD, BM=BM, BLOCK=block_k,
+            GROUP=group, FEATURE=feature_map, CENTRE=mean is not None, MAGNITUDE=largest is not None, TMA=tma, STAGES=stages, num_warps=num_warps, num_stages=stages)  # fmt: skip
     return h, z
 
 

@@ -29,7 +29,6 @@ from sla2_kernels.primitives import (
     on_device,
     power_of_two,
 )
-from sla2_kernels.routing import over_blocks, pool
 from sla2_kernels.sparse import clean_blocks
 
 FP8_MAX = tl.constexpr(448.0)
@@ -102,7 +101,7 @@ def attend_low_bit(q8, acc, top, total, k8, k_scale, v, first, table, begin, end
 
 
 @triton.jit
-def low_bit_rows(q_tile, k8, k_scale, v, v_scale, first, table, count, scale, N, stride_vn, BM: tl.constexpr,
+def low_bit_rows(q_tile, k8, k_scale, v, v_largest, first, table, count, scale, N, stride_vn, BM: tl.constexpr,
                  D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, FP8_PV: tl.constexpr, TMA: tl.constexpr,
                  STAGES: tl.constexpr):  # fmt: skip
     """Output rows [BM, BD] fp32 of one query block and the log-sum-exp [BM], base 2, of its quantised scores."""
@@ -124,13 +123,13 @@ def low_bit_rows(q_tile, k8, k_scale, v, v_scale, first, table, count, scale, N,
     lse2 = top + tl.math.log2(total)
     if FP8_PV:
         columns = tl.arange(0, BD)
-        acc *= tl.load(v_scale + columns, mask=columns < D, other=0.0)[None, :]
+        acc *= tl.load(v_largest + columns, mask=columns < D, other=0.0)[None, :] / FP8_MAX
         lse2 -= 8.807354922057604
     return acc, lse2
 
 
 @triton.jit
-def _quantise_kernel(k, v, mean, v_scale, k8, k_scale, v8, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh,
+def _quantise_kernel(k, v, mean, v_largest, k8, k_scale, v8, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh,
                      stride_vn, H, N, blocks, D: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr,
                      CENTRE: tl.constexpr, FP8_PV: tl.constexpr, PERMUTED: tl.constexpr):  # fmt: skip
     i_n, i_bh = tl.program_id(0), tl.program_id(1)
@@ -147,7 +146,8 @@ def _quantise_kernel(k, v, mean, v_scale, k8, k_scale, v8, stride_kb, stride_kh,
     if FP8_PV:
         if PERMUTED:  # place 4 t + 2 j + e of 16 holds key 8 j + 2 t + e, see `hopper.operand`
             rows = i_n * BLOCK + ((inside & ~15) | ((inside & 2) << 2) | ((inside & 12) >> 1) | (inside & 1))
-        channel = tl.maximum(tl.load(v_scale + i_bh * D + columns, mask=columns < D, other=1.0), TINY)
+        largest = tl.load(v_largest + i_bh * D + columns, mask=columns < D, other=1.0)
+        channel = tl.maximum(largest / FP8_MAX, TINY)
         tile = load_tile(v + head_offset(i_bh, H, stride_vb, stride_vh), rows, stride_vn, N, D, BD, True)
         tile = tl.clamp(tile.to(tl.float32) / channel[None, :], -FP8_MAX, FP8_MAX)
         pointers = v8 + line * (BLOCK * BD) + columns[:, None] * BLOCK + inside[None, :]
@@ -168,7 +168,7 @@ def flat_blocks(k8: Tensor, v8: Tensor) -> tuple[bool, ...]:
 
 @dataclass
 class Operands:
-    """K8 (B * H, T_n, block_k, BD), its scales (B * H, T_n), V8 (B * H, T_n, BD, block_k), its scales (B * H, D).
+    """K8 (B * H, T_n, block_k, BD), its scales (B * H, T_n), V8 (B * H, T_n, BD, block_k), 448 times its scales (B * H, D).
 
     With `int8-bf16` V8 and its scales are placeholders: V stays as it is.
     """
@@ -176,7 +176,7 @@ class Operands:
     k8: Tensor
     k_scale: Tensor
     v8: Tensor
-    v_scale: Tensor
+    v_largest: Tensor
     precision: str
 
     @property
@@ -185,7 +185,7 @@ class Operands:
 
 
 def empty_operands(k: Tensor, v: Tensor, block_k: int, precision: str) -> Operands:
-    """Memory for K and V (B, H, N, D) in low bit; precision: `int8`, `fp8` or `int8-bf16`."""
+    """Memory for K and V (B, H, N, D) in low bit, V's largest magnitudes zero; precision: `int8`, `fp8` or `int8-bf16`."""
     B, H, N, D = k.shape
     blocks, BD = triton.cdiv(N, block_k), power_of_two(D)
     dtype = torch.float8_e4m3fn if precision == "fp8" else torch.int8
@@ -194,7 +194,7 @@ def empty_operands(k: Tensor, v: Tensor, block_k: int, precision: str) -> Operan
     if precision == "int8-bf16":
         return Operands(k8, k_scale, v, k_scale, precision)
     v8 = torch.empty(B * H, blocks, BD, block_k, dtype=torch.float8_e4m3fn, device=k.device)
-    return Operands(k8, k_scale, v8, torch.empty(B * H, D, dtype=torch.float32, device=k.device), precision)
+    return Operands(k8, k_scale, v8, torch.zeros(B * H, D, dtype=torch.float32, device=k.device), precision)
 
 
 def quantise_keys_values(k: Tensor, v: Tensor, mean: Tensor | None, out: Operands, permuted: bool) -> None:
@@ -203,14 +203,13 @@ def quantise_keys_values(k: Tensor, v: Tensor, mean: Tensor | None, out: Operand
     Args:
         k, v: (B, H, N, D), last dimension contiguous.
         mean: (B * H, D) fp32, taken from K first; None for keys that are smooth already.
+        out: with the largest magnitude of each channel of V in place.
         permuted: V8 with its keys in the order that `hopper` wants.
     """
     B, H, N, D = k.shape
     _, blocks, block_k, BD = out.k8.shape
-    if out.low_values:
-        over_blocks(pool((v, block_k, True))[0], 1 / FP8_MAX.value, largest=True, out=out.v_scale)
     with on_device(k):
         _quantise_kernel[(blocks, B * H)](
-            k, v, out.k_scale if mean is None else mean, out.v_scale, out.k8, out.k_scale, out.v8, *k.stride()[:3],
+            k, v, out.k_scale if mean is None else mean, out.v_largest, out.k8, out.k_scale, out.v8, *k.stride()[:3],
             *v.stride()[:3], H, N, blocks, D=D, BD=BD, BLOCK=block_k, CENTRE=mean is not None, FP8_PV=out.low_values,
             PERMUTED=permuted, num_warps=4)  # fmt: skip

@@ -22,43 +22,35 @@ from sla2_kernels.product import padded_length, product
 
 @triton.jit
 def pool_block(x, pooled, i_t, i_bh, stride_b, stride_h, stride_n, H, N, blocks, D: tl.constexpr, BD: tl.constexpr,
-               BLOCK: tl.constexpr, LARGEST: tl.constexpr):  # fmt: skip
-    """Mean of a block's tokens, or their largest magnitude by channel."""
+               BLOCK: tl.constexpr):  # fmt: skip
+    """Mean of a block's tokens."""
     if i_t < blocks:
         rows, columns = i_t * BLOCK + tl.arange(0, BLOCK), tl.arange(0, BD)
         tile = load_tile(x + head_offset(i_bh, H, stride_b, stride_h), rows, stride_n, N, D, BD, True)  # [BLOCK, BD]
-        if LARGEST:
-            value = tl.max(tl.abs(tile.to(tl.float32)), 0)
-        else:
-            value = tl.sum(tile.to(tl.float32), 0) / tl.minimum(BLOCK, N - i_t * BLOCK)
-        tl.store(pooled + (i_bh.to(tl.int64) * blocks + i_t) * D + columns, value, mask=columns < D)
+        mean = tl.sum(tile.to(tl.float32), 0) / tl.minimum(BLOCK, N - i_t * BLOCK)
+        tl.store(pooled + (i_bh.to(tl.int64) * blocks + i_t) * D + columns, mean, mask=columns < D)
 
 
 @triton.jit
-def _pool_kernel(x, y, z, pooled_x, pooled_y, pooled_z, stride_xb, stride_xh, stride_xn, stride_yb, stride_yh, stride_yn,
-                 stride_zb, stride_zh, stride_zn, H, N_x, N_y, N_z, T_x, T_y, T_z, D: tl.constexpr, BD: tl.constexpr,
-                 BLOCK_X: tl.constexpr, BLOCK_Y: tl.constexpr, BLOCK_Z: tl.constexpr, LARGEST_X: tl.constexpr,
-                 LARGEST_Y: tl.constexpr, LARGEST_Z: tl.constexpr):  # fmt: skip
+def _pool_kernel(x, y, pooled_x, pooled_y, stride_xb, stride_xh, stride_xn, stride_yb, stride_yh, stride_yn, H, N_x, N_y,
+                 T_x, T_y, D: tl.constexpr, BD: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_Y: tl.constexpr):  # fmt: skip
     i_t, i_bh, which = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     if which == 0:
-        pool_block(x, pooled_x, i_t, i_bh, stride_xb, stride_xh, stride_xn, H, N_x, T_x, D, BD, BLOCK_X, LARGEST_X)
-    elif which == 1:
-        pool_block(y, pooled_y, i_t, i_bh, stride_yb, stride_yh, stride_yn, H, N_y, T_y, D, BD, BLOCK_Y, LARGEST_Y)
+        pool_block(x, pooled_x, i_t, i_bh, stride_xb, stride_xh, stride_xn, H, N_x, T_x, D, BD, BLOCK_X)
     else:
-        pool_block(z, pooled_z, i_t, i_bh, stride_zb, stride_zh, stride_zn, H, N_z, T_z, D, BD, BLOCK_Z, LARGEST_Z)
+        pool_block(y, pooled_y, i_t, i_bh, stride_yb, stride_yh, stride_yn, H, N_y, T_y, D, BD, BLOCK_Y)
 
 
 @triton.jit
-def _column_kernel(x, out, T, scale, less, D: tl.constexpr, BC: tl.constexpr, BT: tl.constexpr, LARGEST: tl.constexpr):
+def _column_kernel(x, out, T, scale, less, D: tl.constexpr, BC: tl.constexpr, BT: tl.constexpr):
     i_bh, columns = tl.program_id(0).to(tl.int64), tl.program_id(1) * BC + tl.arange(0, BC)
     x += i_bh * T * D
     total = tl.zeros([BT, BC], tl.float32)
     for first in tl.range(0, T, BT, num_stages=2):
         t = first + tl.arange(0, BT)
         valid = (t[:, None] < T) & (columns[None, :] < D)
-        tile = tl.load(x + t[:, None] * D + columns[None, :], mask=valid, other=0.0)
-        total = tl.maximum(total, tile) if LARGEST else total + tile
-    total = tl.max(total, 0) if LARGEST else tl.sum(total, 0)
+        total += tl.load(x + t[:, None] * D + columns[None, :], mask=valid, other=0.0)
+    total = tl.sum(total, 0)
     last = tl.load(x + (T - 1) * D + columns, mask=columns < D, other=0.0)
     tl.store(out + i_bh * D + columns, total * scale - last * less, mask=columns < D)
 
@@ -88,40 +80,33 @@ def _top_k_kernel(scores, mask, weight, table, count, kept, entries, length, WID
     tl.store(count + line, kept)
 
 
-def pool(*parts: tuple[Tensor, int, bool]) -> list[Tensor]:
-    """Of up to three tensors (B, H, N, D), one B, H and D, in one launch: (B * H, T, D) fp32 each.
+def pool(*parts: tuple[Tensor, int]) -> list[Tensor]:
+    """Block means, (B * H, T, D) fp32 each, of one or two tensors in one launch.
 
     Args:
-        parts: tensor, tokens of a block, and whether to take the largest magnitude of each channel instead of the mean.
+        parts: tensor (B, H, N, D), both of one B, H and D; tokens of a block.
     """
-    x, y, z = (parts + parts[:1] * 3)[:3]
+    x, y = (parts + parts[:1])[:2]
     B, H, _, D = x[0].shape
     pooled = [
         torch.empty(B * H, triton.cdiv(t.shape[2], block), D, dtype=torch.float32, device=t.device)
-        for t, block, _ in (x, y, z)[: len(parts)]
+        for t, block in parts
     ]
-    out = (pooled + pooled[:1] * 3)[:3]
+    out = (pooled + pooled[:1])[:2]
     lengths = [t.shape[1] for t in out]
     with on_device(x[0]):
         _pool_kernel[(max(lengths), B * H, len(parts))](
-            x[0], y[0], z[0], *out, *x[0].stride()[:3], *y[0].stride()[:3], *z[0].stride()[:3], H,
-            *(part[0].shape[2] for part in (x, y, z)), *lengths, D=D, BD=power_of_two(D), BLOCK_X=x[1], BLOCK_Y=y[1],
-            BLOCK_Z=z[1], LARGEST_X=x[2], LARGEST_Y=y[2], LARGEST_Z=z[2], num_warps=4)  # fmt: skip
+            x[0], y[0], *out, *x[0].stride()[:3], *y[0].stride()[:3], H, x[0].shape[2], y[0].shape[2], *lengths, D=D,
+            BD=power_of_two(D), BLOCK_X=x[1], BLOCK_Y=y[1], num_warps=4)  # fmt: skip
     return pooled
 
 
-def over_blocks(
-    x: Tensor, scale: float = 1.0, less: float = 0.0, largest: bool = False, out: Tensor | None = None
-) -> Tensor:
-    """scale * (sum over T) - less * (last of T), or scale times the largest of numbers that are not negative.
-
-    From (B * H, T, D) fp32, contiguous, to (B * H, D).
-    """
+def over_blocks(x: Tensor, scale: float = 1.0, less: float = 0.0) -> Tensor:
+    """scale * (sum over T) - less * (last of T): from (B * H, T, D) fp32, contiguous, to (B * H, D)."""
     heads, T, D = x.shape
-    out = torch.empty(heads, D, dtype=torch.float32, device=x.device) if out is None else out
+    out = torch.empty(heads, D, dtype=torch.float32, device=x.device)
     with on_device(x):
-        _column_kernel[(heads, triton.cdiv(D, 32))](
-            x, out, T, scale, less, D=D, BC=32, BT=128, LARGEST=largest, num_warps=4)  # fmt: skip
+        _column_kernel[(heads, triton.cdiv(D, 32))](x, out, T, scale, less, D=D, BC=32, BT=128, num_warps=4)
     return out
 
 
