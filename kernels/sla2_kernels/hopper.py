@@ -8,7 +8,8 @@ also hides behind the other's products. The plain kernels (`sparse`, `fused`, `l
     O_s = softmax(Q K^T / sqrt(D)) V over the kept blocks,  O_l = phi(Q) H / (phi(Q) Z),  O = alpha O_s + (1 - alpha) O_l
 
 The last kept block comes first: a table line ascends, so it alone can be ragged, and no other step needs a mask. In low bit
-(`low_bit`) Q is quantised where it is used; V8's keys lie in the order in which P's registers are an 8-bit operand.
+(`low_bit`) Q is quantised where it is used, the row sum is of P8 and not of P, and V8's keys lie in the order in which P's
+registers are an 8-bit operand.
 
 Legend: HALF which 64 rows; tiles are of 64 rows; BD the power of two that holds D; STAGES key tiles in flight; `turn` counts key
 tiles and `number` query blocks since the program began: ring slot and barrier phase follow from them. A ring has a barrier `full`
@@ -184,7 +185,14 @@ def times_values(p, v_tiles, at, acc, LOW_PV: gl.constexpr):
 
 
 @gluon.jit
-def consume(HALF: gl.constexpr, o, o_sparse, q_ring, k_ring, v_ring, h_ring, table, count, k_scale, v_largest,
+def plus_row_sums(p_a, p_b, ones, norm):
+    """Start norm + row sums of two key blocks' P in e4m3, eight times over: the narrowest product there is."""
+    counts = warpgroup_mma(p_a, ones.permute((1, 0)), norm, is_async=True)
+    return warpgroup_mma(p_b, ones.permute((1, 0)), counts, is_async=True)
+
+
+@gluon.jit
+def consume(HALF: gl.constexpr, o, o_sparse, q_ring, k_ring, v_ring, h_ring, ones, table, count, k_scale, v_largest,
             alpha, total, lse, H, NQ, N, T_m, blocks, query_blocks, entries, scale,
             D: gl.constexpr, BD: gl.constexpr, LINEAR: gl.constexpr, WEIGHTED: gl.constexpr, SAVE: gl.constexpr,
             LOW_QK: gl.constexpr, LOW_PV: gl.constexpr, FEATURE: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
@@ -195,6 +203,7 @@ def consume(HALF: gl.constexpr, o, o_sparse, q_ring, k_ring, v_ring, h_ring, tab
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 32 if LOW_QK else 16])
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BD, 32 if LOW_PV else 16])
     WIDE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BD, 16])
+    COUNTS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 32])
     Q_ROWS: gl.constexpr = gl.DotOperandLayout(0, WIDE, 2)
     LINE: gl.constexpr = gl.SliceLayout(1, OUT)  # one number a row
     SCORE_LINE: gl.constexpr = gl.SliceLayout(1, SCORES)
@@ -235,8 +244,9 @@ def consume(HALF: gl.constexpr, o, o_sparse, q_ring, k_ring, v_ring, h_ring, tab
         top = gl.maximum(gl.max(scores_a, 1) * factor_a, gl.max(scores_b, 1) * factor_b)
         p_a = gl.exp2(scores_a * factor_a[:, None] - (top - SHIFT)[:, None])
         p_b = gl.exp2(scores_b * factor_b[:, None] - (top - SHIFT)[:, None])
-        norm = sum_by_thread(p_a) + sum_by_thread(p_b)
-        BY_THREAD: gl.constexpr = gl.SliceLayout(1, norm.type.layout)
+        BY_THREAD: gl.constexpr = gl.SliceLayout(1, sum_by_thread(scores_a).type.layout)
+        # With P in e4m3 the row sum is a product with ones, of P as it is rounded: an addition less for each score.
+        norm = gl.zeros([64, 8], gl.float32, layout=COUNTS) if LOW_PV else sum_by_thread(p_a) + sum_by_thread(p_b)
         p_a, p_b = carried(p_a, OUT, LOW_PV), carried(p_b, OUT, LOW_PV)
         acc = gl.zeros([64, BD], gl.float32, layout=OUT)
         pairs = kept // 2
@@ -254,12 +264,14 @@ def consume(HALF: gl.constexpr, o, o_sparse, q_ring, k_ring, v_ring, h_ring, tab
             low_a, low_b = operand(p_a, OUT, LOW_PV), operand(p_b, OUT, LOW_PV)
             sums = times_values(low_a, v_tiles, 2 * v_slot, acc, LOW_PV)
             sums = times_values(low_b, v_tiles, 2 * v_slot + 1, sums, LOW_PV)
+            if LOW_PV:
+                counts = plus_row_sums(low_a, low_b, ones, norm)
             if LOW_QK:
                 factor_a, factor_b = factor * scale_a, factor * scale_b
                 scale_a, scale_b = gl.load(k_scales + block_a), gl.load(k_scales + block_b)
                 block_a = gl.load(line + 2 * step + 3, mask=step + 2 < pairs, other=0)
                 block_b = gl.load(line + 2 * step + 4, mask=step + 2 < pairs, other=0)
-            scores_a, scores_b = warpgroup_mma_wait(2, deps=[pending_a, pending_b])
+            scores_a, scores_b = warpgroup_mma_wait(4 if LOW_PV else 2, deps=[pending_a, pending_b])
             mbarrier.arrive(k_empty.index(slot), count=1)
             scores_a, scores_b = scores_a.to(gl.float32), scores_b.to(gl.float32)
             if LOW_QK:
@@ -273,13 +285,18 @@ def consume(HALF: gl.constexpr, o, o_sparse, q_ring, k_ring, v_ring, h_ring, tab
             top = new_top
             next_a = gl.exp2(scores_a * factor_a[:, None] - (top - SHIFT)[:, None])
             next_b = gl.exp2(scores_b * factor_b[:, None] - (top - SHIFT)[:, None])
-            norm = norm * gl.convert_layout(shrink, BY_THREAD)[:, None] + (
-                sum_by_thread(next_a) + sum_by_thread(next_b)
-            )
+            if not LOW_PV:
+                norm = norm * gl.convert_layout(shrink, BY_THREAD)[:, None] + (
+                    sum_by_thread(next_a) + sum_by_thread(next_b)
+                )
             # The barrier stands here and not at the loop's head, or the compiler waits for P V before it takes the exponents.
             slot, parity = slot_of(turn + 2, STAGES)
             mbarrier.wait(k_full.index(slot), parity, pred=step + 1 < pairs)
-            acc, next_a, next_b = warpgroup_mma_wait(0, deps=[sums, next_a, next_b])
+            if LOW_PV:
+                acc, norm, next_a, next_b = warpgroup_mma_wait(0, deps=[sums, counts, next_a, next_b])
+                norm *= gl.convert_layout(shrink, gl.SliceLayout(1, COUNTS))[:, None]
+            else:
+                acc, next_a, next_b = warpgroup_mma_wait(0, deps=[sums, next_a, next_b])
             mbarrier.arrive(v_empty.index(v_slot), count=1)
             acc *= gl.convert_layout(shrink, LINE)[:, None]
             p_a, p_b = carried(next_a, OUT, LOW_PV), carried(next_b, OUT, LOW_PV)
@@ -289,7 +306,11 @@ def consume(HALF: gl.constexpr, o, o_sparse, q_ring, k_ring, v_ring, h_ring, tab
         low_a, low_b = operand(p_a, OUT, LOW_PV), operand(p_b, OUT, LOW_PV)
         sums = times_values(low_a, v_tiles, 2 * slot, acc, LOW_PV)
         sums = times_values(low_b, v_tiles, 2 * slot + 1, sums, LOW_PV)
-        acc = warpgroup_mma_wait(0, deps=[sums])
+        if LOW_PV:
+            counts = plus_row_sums(low_a, low_b, ones, norm)
+            acc, norm = warpgroup_mma_wait(0, deps=[sums, counts])
+        else:
+            acc = warpgroup_mma_wait(0, deps=[sums])
         mbarrier.arrive(v_empty.index(slot), count=1)
         turn += 1
         if (kept % 2 == 1) & (kept > 1):  # the block that found no partner
@@ -309,11 +330,16 @@ def consume(HALF: gl.constexpr, o, o_sparse, q_ring, k_ring, v_ring, h_ring, tab
             mbarrier.wait(v_full.index(slot), parity)
             low_last = operand(carried(p_last, OUT, LOW_PV), OUT, LOW_PV)
             sums = times_values(low_last, v_tiles, 2 * slot, acc, LOW_PV)
-            norm = norm * gl.convert_layout(shrink, BY_THREAD)[:, None] + sum_by_thread(p_last)
-            acc = warpgroup_mma_wait(0, deps=[sums])
+            if LOW_PV:
+                norm *= gl.convert_layout(shrink, gl.SliceLayout(1, COUNTS))[:, None]
+                counts = warpgroup_mma(low_last, ones.permute((1, 0)), norm, is_async=True)
+                acc, norm = warpgroup_mma_wait(0, deps=[sums, counts])
+            else:
+                norm = norm * gl.convert_layout(shrink, BY_THREAD)[:, None] + sum_by_thread(p_last)
+                acc = warpgroup_mma_wait(0, deps=[sums])
             mbarrier.arrive(v_empty.index(slot), count=1)
             turn += 1
-        row_sum = gl.convert_layout(gl.sum(norm, 1), LINE)
+        row_sum = gl.convert_layout(gl.max(norm, 1) if LOW_PV else gl.sum(norm, 1), LINE)
         out = acc * (1 / row_sum)[:, None]
         if LOW_PV:
             largest = gl.load(v_largest + i_bh * D + columns, mask=columns < D, other=0.0)
@@ -383,12 +409,18 @@ def _hopper_kernel(q, k, v, h, o, o_sparse, table, count, k_scale, v_largest, al
     k_ring = ring(k.dtype, K_ROWS, STAGES, 2, 64, BD)
     v_ring = ring(v.dtype, V_ROWS, STAGES, 2, V_SHAPE[0], V_SHAPE[1])
     h_ring = ring(gl.bfloat16, ROWS, 1, 1, BD, BD)
+    ones = gl.allocate_shared_memory(gl.uint8, [8, 64], gl.NVMMASharedLayout.get_default_for([8, 64], gl.uint8))
+    if LOW_PV:
+        # In e4m3 by its bits: ptxas 12.8 leaves half of what a cast of a constant gives undefined (NOTES.md).
+        ones.store(gl.full([8, 64], 0x38, gl.uint8, layout=gl.BlockedLayout([1, 4], [2, 16], [4, 1], [1, 0])))
+        fence_async_shared()
+    ones = ones._reinterpret(gl.float8e4nv, [8, 64], ones.layout)
     gl.warp_specialize(
         [
-            (consume, (0, o, o_sparse, q_ring, k_ring, v_ring, h_ring, table, count, k_scale, v_largest, alpha, total,
+            (consume, (0, o, o_sparse, q_ring, k_ring, v_ring, h_ring, ones, table, count, k_scale, v_largest, alpha, total,
                        lse, H, NQ, N, T_m, blocks, query_blocks, entries, scale, D, BD,
                        LINEAR, WEIGHTED, SAVE, LOW_QK, LOW_PV, FEATURE, STAGES)),
-            (consume, (1, o, o_sparse, q_ring, k_ring, v_ring, h_ring, table, count, k_scale, v_largest, alpha, total,
+            (consume, (1, o, o_sparse, q_ring, k_ring, v_ring, h_ring, ones, table, count, k_scale, v_largest, alpha, total,
                        lse, H, NQ, N, T_m, blocks, query_blocks, entries, scale, D, BD,
                        LINEAR, WEIGHTED, SAVE, LOW_QK, LOW_PV, FEATURE, STAGES)),
             (produce, (q, k, v, h, q_ring, k_ring, v_ring, h_ring, table, count, H, T_m, blocks, query_blocks, entries,

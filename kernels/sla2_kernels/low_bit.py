@@ -2,7 +2,7 @@
 
     Q8 = Q / s_q, K8 = (K - mean K) / s_k: one scale a query, one a block of keys, INT8 (halves away from zero) or e4m3
     V8 = V / s_v: one e4m3 scale a channel and head, so that a channel of outliers costs the others nothing
-    P8 = 448 exp(S - running maximum) in e4m3; the row sum is taken before that cast, and 448 cancels in O / l
+    P8 = 448 exp(S - running maximum) in e4m3; the row sum is taken before that cast (`hopper`: after it); 448 cancels in O / l
 
 Q is quantised where it is used; K8 and V8 are written once, padded to whole blocks. V8 is transposed within its block, because
 the tensor cores want the 8-bit operand of P V contiguous along the keys. A scale a query costs nothing: rows have a factor anyway.

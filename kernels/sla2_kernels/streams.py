@@ -8,8 +8,11 @@ from torch import Tensor
 
 @cache
 def _side(device: torch.device, main: int) -> torch.cuda.Stream:
-    """A stream of its own for each stream that anybody calls from, so that two callers do not wait for each other."""
-    return torch.cuda.Stream(device)
+    """A stream of its own for each stream that anybody calls from, so that two callers do not wait for each other.
+
+    Of high priority: small kernels come in where a block of a large one ends, instead of after all of its blocks.
+    """
+    return torch.cuda.Stream(device, priority=-1)
 
 
 class Beside:
