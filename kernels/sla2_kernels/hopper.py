@@ -135,26 +135,33 @@ def quantise_rows(x, INT8: gl.constexpr):
 
 @gluon.jit
 def carried(p, OUT: gl.constexpr, LOW_PV: gl.constexpr):
-    """P as it goes from one step to the next: bf16 to spare registers; fp32 before e4m3, whose bytes would travel apart."""
-    if not LOW_PV:
+    """P as it goes from one step to the next: bf16 as the left operand of P V, or e4m3, four keys to a number int32 [64, 16].
+
+    A thread's scores of 16 keys are 8 j + 2 t + e (j, e in 0, 1; t its place among four), an 8-bit operand's are 4 t + 2 j + e.
+    Numbers of 8 bits that a loop carries would take a register each.
+    """
+    if LOW_PV:
+        p = p.reshape([64, 4, 2, 4, 2]).permute((0, 1, 3, 2, 4)).reshape([64, 16, 2, 2])
+        even, odd = gl.split(p)
+        first, third = gl.split(even)
+        second, fourth = gl.split(odd)
+        p = gl.inline_asm_elementwise(
+            "{ .reg .b16 low, high; cvt.rn.satfinite.e4m3x2.f32 low, $2, $1; cvt.rn.satfinite.e4m3x2.f32 high, $4, $3; "
+            "mov.b32 $0, {low, high}; }",
+            "=r,r,r,r,r", [first, second, third, fourth], gl.int32, is_pure=True, pack=1)  # fmt: skip
+    else:
         p = gl.convert_layout(p.to(gl.bfloat16), gl.DotOperandLayout(0, OUT, 2), assert_trivial=True)
     return p
 
 
 @gluon.jit
 def operand(p, OUT: gl.constexpr, LOW_PV: gl.constexpr):
-    """P as the left operand of P V, from its registers as they lie.
-
-    A thread's scores of 16 keys are 8 j + 2 t + e (j, e in 0, 1; t its place among four), an 8-bit operand's are 4 t + 2 j + e.
-    """
+    """What `carried` made of P as the left operand of P V, register by register."""
     if LOW_PV:
-        p = p.reshape([64, 4, 2, 4, 2]).permute((0, 1, 3, 2, 4)).reshape([64, 64])
-        p = gl.convert_layout(p, gl.DotOperandLayout(0, OUT, 4), assert_trivial=True)
-        # Four numbers to a register at once: the compiler's own cast takes bytes apart and puts them together again.
+        p = gl.join(p, p)
+        p = gl.convert_layout(gl.join(p, p).reshape([64, 64]), gl.DotOperandLayout(0, OUT, 4), assert_trivial=True)
         p = gl.inline_asm_elementwise(
-            "{ .reg .b16 low, high; cvt.rn.satfinite.e4m3x2.f32 low, $2, $1; cvt.rn.satfinite.e4m3x2.f32 high, $4, $3; "
-            "mov.b32 $0, {low, high}; }",
-            "=r,f,f,f,f", [p], gl.float8e4nv, is_pure=True, pack=4)  # fmt: skip
+            "mov.b32 $0, $1;", "=r,r,r,r,r", [p], gl.float8e4nv, is_pure=True, pack=4)  # fmt: skip
     return p
 
 
@@ -178,17 +185,35 @@ def times_keys(q, k_tiles, at, SCORES: gl.constexpr, SCORE: gl.constexpr):
 
 
 @gluon.jit
-def times_values(p, v_tiles, at, acc, LOW_PV: gl.constexpr):
-    """Start acc + P V of one key block."""
-    values = v_tiles.index(at).permute((1, 0)) if LOW_PV else v_tiles.index(at)
-    return warpgroup_mma(p, values, acc, is_async=True)
+def times_values(p_a, p_b, v_tiles, at, acc):
+    """Start acc + P V of two key blocks."""
+    sums = warpgroup_mma(p_a, v_tiles.index(at), acc, is_async=True)
+    return warpgroup_mma(p_b, v_tiles.index(at + 1), sums, is_async=True)
 
 
 @gluon.jit
-def plus_row_sums(p_a, p_b, ones, norm):
-    """Start norm + row sums of two key blocks' P in e4m3, eight times over: the narrowest product there is."""
-    counts = warpgroup_mma(p_a, ones.permute((1, 0)), norm, is_async=True)
+def times_low_values(p_a, p_b, v_tiles, at, CHANNELS: gl.constexpr, HALF_OUT: gl.constexpr, BD: gl.constexpr):
+    """Start P V of two key blocks in e4m3, for the first or the second half of the channels."""
+    nothing = gl.zeros([64, BD // 2], gl.float32, layout=HALF_OUT)
+    values = v_tiles.index(at).slice(CHANNELS * BD // 2, BD // 2, 0)
+    sums = warpgroup_mma(p_a, values.permute((1, 0)), nothing, use_acc=False, is_async=True)
+    values = v_tiles.index(at + 1).slice(CHANNELS * BD // 2, BD // 2, 0)
+    return warpgroup_mma(p_b, values.permute((1, 0)), sums, is_async=True)
+
+
+@gluon.jit
+def times_ones(p_a, p_b, ones, COUNTS: gl.constexpr):
+    """Start the row sums of two key blocks' P in e4m3, eight times over: the narrowest product there is."""
+    nothing = gl.zeros([64, 8], gl.float32, layout=COUNTS)
+    counts = warpgroup_mma(p_a, ones.permute((1, 0)), nothing, use_acc=False, is_async=True)
     return warpgroup_mma(p_b, ones.permute((1, 0)), counts, is_async=True)
+
+
+@gluon.jit
+def shrunk_plus(x, shrink, y):
+    """x shrink + y, rows [64, n] by numbers [64]; one operation, so that training and inference round alike."""
+    factor = gl.convert_layout(shrink, gl.SliceLayout(1, x.type.layout))
+    return gl.fma(x, factor[:, None].broadcast_to(x.shape), y)
 
 
 @gluon.jit
@@ -203,6 +228,7 @@ def consume(HALF: gl.constexpr, o, o_sparse, q_ring, k_ring, v_ring, h_ring, one
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 32 if LOW_QK else 16])
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BD, 32 if LOW_PV else 16])
     WIDE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BD, 16])
+    HALF_OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BD // 2, 32])
     COUNTS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 32])
     Q_ROWS: gl.constexpr = gl.DotOperandLayout(0, WIDE, 2)
     LINE: gl.constexpr = gl.SliceLayout(1, OUT)  # one number a row
@@ -245,10 +271,17 @@ def consume(HALF: gl.constexpr, o, o_sparse, q_ring, k_ring, v_ring, h_ring, one
         p_a = gl.exp2(scores_a * factor_a[:, None] - (top - SHIFT)[:, None])
         p_b = gl.exp2(scores_b * factor_b[:, None] - (top - SHIFT)[:, None])
         BY_THREAD: gl.constexpr = gl.SliceLayout(1, sum_by_thread(scores_a).type.layout)
-        # With P in e4m3 the row sum is a product with ones, of P as it is rounded: an addition less for each score.
-        norm = gl.zeros([64, 8], gl.float32, layout=COUNTS) if LOW_PV else sum_by_thread(p_a) + sum_by_thread(p_b)
+        if LOW_PV:
+            # The row sum is a product with ones, of P as it is rounded: an addition less for each score. Products of e4m3 add in
+            # 14 bits, so each step's are added in fp32 here; both halves of the channels at once would not fit the registers.
+            norm = gl.zeros([64, 8], gl.float32, layout=COUNTS)
+            left = gl.zeros([64, BD // 2], gl.float32, layout=HALF_OUT)
+            right = gl.zeros([64, BD // 2], gl.float32, layout=HALF_OUT)
+            shrink = gl.full([64], 1.0, gl.float32, layout=SCORE_LINE)
+        else:
+            norm = sum_by_thread(p_a) + sum_by_thread(p_b)
+            acc = gl.zeros([64, BD], gl.float32, layout=OUT)
         p_a, p_b = carried(p_a, OUT, LOW_PV), carried(p_b, OUT, LOW_PV)
-        acc = gl.zeros([64, BD], gl.float32, layout=OUT)
         pairs = kept // 2
         slot, parity = slot_of(turn + 1, STAGES)
         mbarrier.wait(k_full.index(slot), parity, pred=pairs > 1)
@@ -257,15 +290,16 @@ def consume(HALF: gl.constexpr, o, o_sparse, q_ring, k_ring, v_ring, h_ring, one
             scale_a, scale_b = gl.load(k_scales + block_a), gl.load(k_scales + block_b)
             block_a, block_b = gl.load(line + 3, mask=pairs > 2, other=0), gl.load(line + 4, mask=pairs > 2, other=0)
         for step in range(1, pairs):
+            low_a, low_b = operand(p_a, OUT, LOW_PV), operand(p_b, OUT, LOW_PV)
             pending_a = times_keys(q, k_tiles, 2 * slot, SCORES, SCORE)
             pending_b = times_keys(q, k_tiles, 2 * slot + 1, SCORES, SCORE)
             v_slot, v_parity = slot_of(turn, STAGES)
             mbarrier.wait(v_full.index(v_slot), v_parity)
-            low_a, low_b = operand(p_a, OUT, LOW_PV), operand(p_b, OUT, LOW_PV)
-            sums = times_values(low_a, v_tiles, 2 * v_slot, acc, LOW_PV)
-            sums = times_values(low_b, v_tiles, 2 * v_slot + 1, sums, LOW_PV)
             if LOW_PV:
-                counts = plus_row_sums(low_a, low_b, ones, norm)
+                sums = times_low_values(low_a, low_b, v_tiles, 2 * v_slot, 0, HALF_OUT, BD)
+                counts = times_ones(low_a, low_b, ones, COUNTS)
+            else:
+                sums = times_values(low_a, low_b, v_tiles, 2 * v_slot, acc)
             if LOW_QK:
                 factor_a, factor_b = factor * scale_a, factor * scale_b
                 scale_a, scale_b = gl.load(k_scales + block_a), gl.load(k_scales + block_b)
@@ -281,36 +315,48 @@ def consume(HALF: gl.constexpr, o, o_sparse, q_ring, k_ring, v_ring, h_ring, one
             else:
                 largest = gl.max(gl.maximum(scores_a, scores_b), 1) * factor
             new_top = gl.maximum(top, largest)
-            shrink = gl.exp2(top - new_top)
+            new_shrink = gl.exp2(top - new_top)
             top = new_top
             next_a = gl.exp2(scores_a * factor_a[:, None] - (top - SHIFT)[:, None])
             next_b = gl.exp2(scores_b * factor_b[:, None] - (top - SHIFT)[:, None])
-            if not LOW_PV:
-                norm = norm * gl.convert_layout(shrink, BY_THREAD)[:, None] + (
+            # A barrier stands between exponents and the wait for P V, or the compiler waits before it takes the exponents.
+            slot, parity = slot_of(turn + 2, STAGES)
+            if LOW_PV:
+                sums, counts = warpgroup_mma_wait(0, deps=[sums, counts])
+                others = times_low_values(low_a, low_b, v_tiles, 2 * v_slot, 1, HALF_OUT, BD)
+                left, norm = shrunk_plus(left, shrink, sums), shrunk_plus(norm, shrink, counts)
+                mbarrier.wait(k_full.index(slot), parity, pred=step + 1 < pairs)
+                others, next_a, next_b = warpgroup_mma_wait(0, deps=[others, next_a, next_b])
+                mbarrier.arrive(v_empty.index(v_slot), count=1)
+                right = shrunk_plus(right, shrink, others)
+                shrink = new_shrink
+            else:
+                norm = norm * gl.convert_layout(new_shrink, BY_THREAD)[:, None] + (
                     sum_by_thread(next_a) + sum_by_thread(next_b)
                 )
-            # The barrier stands here and not at the loop's head, or the compiler waits for P V before it takes the exponents.
-            slot, parity = slot_of(turn + 2, STAGES)
-            mbarrier.wait(k_full.index(slot), parity, pred=step + 1 < pairs)
-            if LOW_PV:
-                acc, norm, next_a, next_b = warpgroup_mma_wait(0, deps=[sums, counts, next_a, next_b])
-                norm *= gl.convert_layout(shrink, gl.SliceLayout(1, COUNTS))[:, None]
-            else:
+                mbarrier.wait(k_full.index(slot), parity, pred=step + 1 < pairs)
                 acc, next_a, next_b = warpgroup_mma_wait(0, deps=[sums, next_a, next_b])
-            mbarrier.arrive(v_empty.index(v_slot), count=1)
-            acc *= gl.convert_layout(shrink, LINE)[:, None]
+                mbarrier.arrive(v_empty.index(v_slot), count=1)
+                acc *= gl.convert_layout(new_shrink, LINE)[:, None]
             p_a, p_b = carried(next_a, OUT, LOW_PV), carried(next_b, OUT, LOW_PV)
             turn += 1
         slot, parity = slot_of(turn, STAGES)
         mbarrier.wait(v_full.index(slot), parity)
         low_a, low_b = operand(p_a, OUT, LOW_PV), operand(p_b, OUT, LOW_PV)
-        sums = times_values(low_a, v_tiles, 2 * slot, acc, LOW_PV)
-        sums = times_values(low_b, v_tiles, 2 * slot + 1, sums, LOW_PV)
+        if LINEAR:  # asked for before the last products, so that nobody waits for them
+            q_columns = gl.arange(0, BD, layout=gl.SliceLayout(0, Q_ROWS))
+            z = gl.load(total + i.to(gl.int64) * D + q_columns, mask=q_columns < D, other=0.0)
+            if WEIGHTED:
+                weight = gl.load(alpha + i_bh % H * T_m + i_m)
         if LOW_PV:
-            counts = plus_row_sums(low_a, low_b, ones, norm)
-            acc, norm = warpgroup_mma_wait(0, deps=[sums, counts])
+            sums = times_low_values(low_a, low_b, v_tiles, 2 * slot, 0, HALF_OUT, BD)
+            others = times_low_values(low_a, low_b, v_tiles, 2 * slot, 1, HALF_OUT, BD)
+            counts = times_ones(low_a, low_b, ones, COUNTS)
+            sums, others, counts = warpgroup_mma_wait(0, deps=[sums, others, counts])
+            left, right = shrunk_plus(left, shrink, sums), shrunk_plus(right, shrink, others)
+            norm = shrunk_plus(norm, shrink, counts)
         else:
-            acc = warpgroup_mma_wait(0, deps=[sums])
+            acc = warpgroup_mma_wait(0, deps=[times_values(low_a, low_b, v_tiles, 2 * slot, acc)])
         mbarrier.arrive(v_empty.index(slot), count=1)
         turn += 1
         if (kept % 2 == 1) & (kept > 1):  # the block that found no partner
@@ -326,19 +372,28 @@ def consume(HALF: gl.constexpr, o, o_sparse, q_ring, k_ring, v_ring, h_ring, one
             shrink = gl.exp2(top - new_top)
             top = new_top
             p_last = gl.exp2(scores_last * factor_last[:, None] - (top - SHIFT)[:, None])
-            acc *= gl.convert_layout(shrink, LINE)[:, None]
             mbarrier.wait(v_full.index(slot), parity)
             low_last = operand(carried(p_last, OUT, LOW_PV), OUT, LOW_PV)
-            sums = times_values(low_last, v_tiles, 2 * slot, acc, LOW_PV)
             if LOW_PV:
-                norm *= gl.convert_layout(shrink, gl.SliceLayout(1, COUNTS))[:, None]
-                counts = warpgroup_mma(low_last, ones.permute((1, 0)), norm, is_async=True)
-                acc, norm = warpgroup_mma_wait(0, deps=[sums, counts])
+                values, nothing = v_tiles.index(2 * slot), gl.zeros([64, BD // 2], gl.float32, layout=HALF_OUT)
+                first_half, second_half = values.slice(0, BD // 2, 0), values.slice(BD // 2, BD // 2, 0)
+                sums = warpgroup_mma(low_last, first_half.permute((1, 0)), nothing, use_acc=False, is_async=True)
+                others = warpgroup_mma(low_last, second_half.permute((1, 0)), nothing, use_acc=False, is_async=True)
+                no_counts = gl.zeros([64, 8], gl.float32, layout=COUNTS)
+                counts = warpgroup_mma(low_last, ones.permute((1, 0)), no_counts, use_acc=False, is_async=True)
+                sums, others, counts = warpgroup_mma_wait(0, deps=[sums, others, counts])
+                left, right = shrunk_plus(left, shrink, sums), shrunk_plus(right, shrink, others)
+                norm = shrunk_plus(norm, shrink, counts)
             else:
+                acc *= gl.convert_layout(shrink, LINE)[:, None]
+                sums = warpgroup_mma(low_last, v_tiles.index(2 * slot), acc, is_async=True)
                 norm = norm * gl.convert_layout(shrink, BY_THREAD)[:, None] + sum_by_thread(p_last)
                 acc = warpgroup_mma_wait(0, deps=[sums])
             mbarrier.arrive(v_empty.index(slot), count=1)
             turn += 1
+        if LOW_PV:
+            acc = gl.join(left, right).permute((0, 2, 1)).reshape([64, BD])
+            acc = gl.convert_layout(acc, OUT, assert_trivial=True)
         row_sum = gl.convert_layout(gl.max(norm, 1) if LOW_PV else gl.sum(norm, 1), LINE)
         out = acc * (1 / row_sum)[:, None]
         if LOW_PV:
@@ -351,17 +406,14 @@ def consume(HALF: gl.constexpr, o, o_sparse, q_ring, k_ring, v_ring, h_ring, one
             log_sum = gl.convert_layout(top, LINE) - SHIFT + gl.log2(row_sum)
             gl.store(lse + i_bh.to(gl.int64) * NQ + rows, log_sum / LOG2E, mask=rows < NQ)
         if LINEAR:
-            q_columns = gl.arange(0, BD, layout=gl.SliceLayout(0, Q_ROWS))
             phi = feature(q_rows.load(Q_ROWS).to(gl.float32), q_columns[None, :] < D, FEATURE).to(gl.bfloat16)
             if SAVE:
                 q_rows.store(out.to(gl.bfloat16))
                 fence_async_shared()
                 tma.async_copy_shared_to_global(o_sparse, [i_bh // H, i_bh % H, row, 0], q_rows)
-            z = gl.load(total + i.to(gl.int64) * D + q_columns, mask=q_columns < D, other=0.0)
             n = gl.convert_layout(gl.sum(phi.to(gl.float32) * z[None, :], 1), LINE)
             share = gl.where(n > 0, 1 / gl.where(n > 0, n, 1.0), 0.0)  # zero where every block is kept
             if WEIGHTED:
-                weight = gl.load(alpha + i_bh % H * T_m + i_m)
                 out *= weight
                 share *= 1 - weight
             mbarrier.wait(h_full.index(0), number & 1)

@@ -72,6 +72,12 @@ def score_dot(q8, k8):
 
 
 @triton.jit
+def value_dot(p8, v8, BN: tl.constexpr):
+    """P8 V8 of BN keys as fp32. Tensor cores add products of e4m3 in 14 bits: the sum over blocks has to be taken outside."""
+    return dot(p8, v8) if INTERPRETED else tl.dot(p8, v8, max_num_imprecise_acc=BN)
+
+
+@triton.jit
 def attend_low_bit(q8, acc, top, total, k8, k_scale, v, first, table, begin, end, scale, N, stride_vn, D: tl.constexpr,
                    BD: tl.constexpr, BN: tl.constexpr, FP8_PV: tl.constexpr, TMA: tl.constexpr, MASKED: tl.constexpr,
                    STAGES: tl.constexpr):  # fmt: skip
@@ -90,7 +96,7 @@ def attend_low_bit(q8, acc, top, total, k8, k_scale, v, first, table, begin, end
         if FP8_PV:
             p = tl.math.exp2(scores * factor[:, None] - (new_top - 8.807354922057604)[:, None])  # times 448 = 2^8.807
             v_tile = load_flat(v, at, BD, BN, TMA)  # [BD, BN]
-            acc = dot(p.to(v_tile.dtype), tl.trans(v_tile), acc * shrink[:, None])
+            acc = acc * shrink[:, None] + value_dot(p.to(v_tile.dtype), tl.trans(v_tile), BN)
         else:
             p = tl.math.exp2(scores * factor[:, None] - new_top[:, None])
             v_tile = load_tile(v, block * BN + inside, stride_vn, N, D, BD, MASKED)  # [BN, BD]

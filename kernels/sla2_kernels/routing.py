@@ -95,9 +95,10 @@ def pool(*parts: tuple[Tensor, int]) -> list[Tensor]:
     out = (pooled + pooled[:1])[:2]
     lengths = [t.shape[1] for t in out]
     with on_device(x[0]):
+        # H100, 480p: 0.087 ms with two warps, 0.100 with four, 0.117 with eight.
         _pool_kernel[(max(lengths), B * H, len(parts))](
             x[0], y[0], *out, *x[0].stride()[:3], *y[0].stride()[:3], H, x[0].shape[2], y[0].shape[2], *lengths, D=D,
-            BD=power_of_two(D), BLOCK_X=x[1], BLOCK_Y=y[1], num_warps=4)  # fmt: skip
+            BD=power_of_two(D), BLOCK_X=x[1], BLOCK_Y=y[1], num_warps=2)  # fmt: skip
     return pooled
 
 

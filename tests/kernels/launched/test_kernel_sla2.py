@@ -164,6 +164,17 @@ def test_low_bit_forward_errs_like_its_oracle(precision, kind):
 
 
 @pytest.mark.parametrize("precision", ["int8-bf16", "int8"])
+def test_low_bit_sums_of_many_blocks_have_no_bias(precision):
+    """Tensor cores add products of e4m3 in 14 bits and round towards zero; the sum over blocks has to be in fp32."""
+    case = Case(4097 if DEVICE == "cuda" else 300, 64, 64, 64, 5)
+    q, k, v, _ = draw(case, torch.bfloat16)
+    v[:] = 3.0
+    mask = torch.ones(case.grid, dtype=torch.bool, device=DEVICE)
+    out, _ = sparse_attention(q, k, v, mask, precision=precision, **case.blocks, **TRITON)
+    assert (out - 3).abs().max() < 0.03
+
+
+@pytest.mark.parametrize("precision", ["int8-bf16", "int8"])
 def test_low_bit_backward_is_the_full_precision_one(precision):
     case = Case(130, 64, 64, 32, 3, H=1)
     q, k, v, grad = draw(case, torch.bfloat16)
