@@ -21,6 +21,7 @@ from sla2_eval.palette import style
 from sla2_eval.table_set import SUMMARIES, TableSet
 
 PAPER_MARKS = {paper.REPRODUCED: "✓", paper.DIFFERS: "≠", paper.CANNOT: "–"}
+CLAIM_MARKS = {"reproduced": "✓", "reversed": "≠", "no difference": "=", "not resolved": "○", "cannot": "–"}
 MARKS = {"resolved": "●", "equivalent": "◐", "reference": "ref", "": ""}
 
 
@@ -70,6 +71,8 @@ def write_page(tables: TableSet, figures: Path, videos: Path, cells: list[paper.
         limits=limits(tables),
         captions=CAPTIONS,
         csv_files=sorted(path.name for path in (folder / "tables").glob("*.csv")),
+        claims=claims_by_sentence(tables),
+        claim_marks=CLAIM_MARKS,
         paper=paper_tables(cells),
         paper_marks=PAPER_MARKS,
         players=copy_videos(tables, videos, folder / "videos"),
@@ -81,6 +84,16 @@ def write_page(tables: TableSet, figures: Path, videos: Path, cells: list[paper.
     cards = read_cards()
     add_measured(cards, tables.rows("validity"))
     (folder / "cards.html").write_text(cards_page(cards), encoding="utf-8")
+
+
+def claims_by_sentence(tables: TableSet) -> dict[str, list[dict]]:
+    """Rows of claims.csv by claim, each with `word`, its verdict without the reason, and the effect as a number or None."""
+    found: dict[str, list[dict]] = {}
+    for row in tables.rows("claims"):
+        word = row["verdict"].split(":")[0].split(" at n=")[0]
+        effect = float(row["effect"]) if row["effect"] else None  # in summaries the column of that name is a word
+        found.setdefault(row["claim"], []).append({**row, "word": word, "effect": effect})
+    return found
 
 
 def paper_tables(cells: list[paper.Cell]) -> dict[tuple, dict]:

@@ -55,7 +55,7 @@ def summarise(records: list[Record], settings: dict) -> list[dict]:
         UserError: when a record stands twice or is of a variant that the sheet lacks.
     """
     sheet = {row["variant"]: row for row in settings["variants"]}
-    cells = _cells(records, sheet)
+    cells = cells_of(records, sheet)
     metrics = list(dict.fromkeys(metric for _, metric, _ in cells))
     rows = []
     for variant in sheet:
@@ -70,7 +70,12 @@ def summarise(records: list[Record], settings: dict) -> list[dict]:
     return rows
 
 
-def _cells(records: list[Record], sheet: dict[str, dict]) -> dict[tuple, Cell]:
+def cells_of(records: list[Record], sheet: dict[str, dict]) -> dict[tuple, Cell]:
+    """Cells by variant, metric and layer; with layer None the mean over layers where there are any.
+
+    Raises:
+        UserError: when a record stands twice or is of a variant that the sheet lacks.
+    """
     cells: dict[tuple, Cell] = {}
     for record in records:
         if record.variant not in sheet:
@@ -135,7 +140,7 @@ def _row(cells: dict[tuple, Cell], key: tuple, sheet: dict[str, dict], settings:
         return row | {"verdict": "reference"}, None
     if reference is None or found.mean is None:
         return row, None
-    paired = estimate(_paired(cell, reference, sheet, variant, settings["reference"]), **options)
+    paired = estimate(paired_values(cell, reference, sheet, variant, settings["reference"]), **options)
     row |= {
         "reference": settings["reference"],
         "difference": paired.mean,
@@ -147,7 +152,7 @@ def _row(cells: dict[tuple, Cell], key: tuple, sheet: dict[str, dict], settings:
     return row, paired
 
 
-def _paired(cell: Cell, reference: Cell, sheet: dict[str, dict], variant: str, other: str) -> np.ndarray:
+def paired_values(cell: Cell, reference: Cell, sheet: dict[str, dict], variant: str, other: str) -> np.ndarray:
     """Differences (T, P, S); a row that was never trained is the same for every training seed of the other."""
     arrays = [_array(c, [cell, reference]) for c in (cell, reference)]
     if sheet[variant]["finetune"] and sheet[other]["finetune"]:

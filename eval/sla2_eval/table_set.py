@@ -32,6 +32,7 @@ TEXT = {
     "domain",
     "distortion",
     "sees",
+    "claim",
 }
 
 

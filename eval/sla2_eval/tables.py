@@ -6,6 +6,7 @@
     quality.csv fidelity.csv attention.csv efficiency.csv   columns of `sla2_eval.summary`; what `latency` measured is in efficiency
     ablation.csv    one row per variant: the row of the sheet, then of each headline metric its mean, `:low` and `:high` ends of
                     the interval, `:n` prompts, `:verdict` against the reference; `notes` says why a cell is empty
+    claims.csv      the paper's claims as comparisons of rows, `sla2_eval.claims`
     training.csv    study, stage, run, train_seed, phase, split, metric, step, value; run: a variant, or a group of stage 1
     routers.csv     study, run, then the columns of `sla2.stage1_report`: routers and alpha beside their controls, by layer and noise level
     variants.csv    the sheet of this study
@@ -24,6 +25,8 @@ from sla2.errors import UserError, run_main
 from sla2.files import read_json, write_atomic, write_json
 from sla2.record import Record, read_records
 from sla2.stage1_report import COLUMNS as REPORT_COLUMNS
+from sla2_eval.claims import COLUMNS as CLAIM_COLUMNS
+from sla2_eval.claims import judge
 from sla2_eval.response import COLUMNS as VALIDITY_COLUMNS
 from sla2_eval.summary import COLUMNS, summarise
 from sla2_eval.table_set import SUMMARIES
@@ -79,6 +82,7 @@ def main() -> None:
     for name, table in rows.items():
         write_table(args.output / f"{name}.csv", COLUMNS, table)
     write_table(args.output / "ablation.csv", *ablation([row for table in rows.values() for row in table], settings))
+    write_table(args.output / "claims.csv", CLAIM_COLUMNS, judge(scores, settings))
     training = [row for path in args.training for row in read_log(path, settings["study"])]
     write_table(args.output / "training.csv", TRAINING_COLUMNS, training)
     routers = [row for path in args.routers for row in read_report(path, settings["study"])]

@@ -1,5 +1,6 @@
 """The page: opens from disk wherever its folder goes, shows what the tables hold, and escapes what others wrote."""
 
+import html
 import json
 import re
 import shutil
@@ -12,6 +13,7 @@ import small_study
 
 from sla2.errors import UserError
 from sla2_eval import report
+from sla2_eval.claims import CLAIMS
 from sla2_eval.table_set import TableSet
 
 
@@ -86,6 +88,16 @@ def test_the_main_table_shows_the_tables(study, page):
     assert f'<span class="mean">{report.number(row["mean"])}</span> <span class="mark">●</span>' in text
     assert f"{report.number(row['ci_low'], 3)} … {report.number(row['ci_high'], 3)}" in text
     assert '<td class="absent" title="not measured">–</td>' in text, "the reference of fidelity has no fidelity"
+
+
+def test_every_claim_of_the_paper_has_its_verdict_on_the_page(study, page):
+    text = html.unescape((page / "index.html").read_text(encoding="utf-8"))
+    section = text[text.index('<section id="claims">') : text.index('<section id="paper">')]
+    rows = TableSet(study / "tables").rows("claims")
+    assert {row["claim"].split(" (")[0] for row in rows} == {claim.words for claim in CLAIMS}
+    for row in rows:
+        assert row["claim"] in section
+        assert row["verdict"] in section
 
 
 def test_the_limits_are_named(page):

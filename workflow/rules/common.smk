@@ -107,6 +107,7 @@ TABLES = expand(
             "training",
             "routers",
             "ablation",
+            "claims",
             "variants",
             "validity",
         )
