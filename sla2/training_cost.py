@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch._functorch import config as autograd_config
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sla2.attention import AttentionSettings
@@ -114,6 +115,8 @@ def model(name: str, study: Study, args: argparse.Namespace, device: torch.devic
     install(transformer, row, AttentionSettings(**study.config["attention"]), study.geometry.tokens)
     if args.compile:
         torch.compiler.reset()
+        # That cache knows the call of attention, not its backend: the second dense row would get the first one's graph.
+        autograd_config.enable_autograd_cache = False
         compile_blocks(transformer)
     return transformer.to(device)
 
