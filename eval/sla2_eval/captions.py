@@ -16,6 +16,9 @@ CAPTIONS = {
     "routers": "What stage 1 chose, beside routers that bound it: the heuristic, a random choice, and the key blocks of largest exact "
     "softmax mass. Held-out clips that did not choose the state; mean over layers and noise levels. Alpha is fitted by least squares "
     "for every router, so that choices are compared and not what was learnt around them; the learned router's trained alpha beside it.",
+    "finetuning": "Headline metrics against the steps of fine-tuning, of rows that are the same method; lines join rows that differ in steps "
+    "only. Single markers learnt with another loss or trained other weights. Bars are intervals of the mean; the fill compares with the reference. "
+    "Rows of equal steps stand a little apart.",
     "training_curves": "What training did. Held-out curves use clips that no training saw; a hard error is that of the operator as "
     "inference runs it, not of its soft relaxation.",
     "what_metrics_see": "Each metric's mean change under known damage, paired clip by clip. A dot: the change is within three standard "

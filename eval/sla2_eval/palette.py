@@ -1,8 +1,9 @@
 """One colour, one marker and one name per variant, the same in every figure, table, page and notebook.
 
 The rule reads the name of the row, `<attention>[-<sparsity>][-<ablation>]`, so a new row needs no entry here: a known word gets
-its own colour and marker, lighter at lower sparsity; an unknown word gets one that depends on the word alone. Colours are Paul
-Tol's "muted" and "bright" sets, told apart with the common colour-vision deficiencies; markers differ as well.
+its own colour and marker, lighter at lower sparsity; an unknown word gets one that depends on the word alone; `step<number>` at
+the end says how long a row was fine-tuned and changes the name only. Colours are Paul Tol's "muted" and "bright" sets, told apart
+with the common colour-vision deficiencies; markers differ as well.
 """
 
 import re
@@ -24,8 +25,13 @@ WORDS = {
     "proj": ("#44aa99", "D", "projection for α"),
     "random": ("#bb5500", "<", "random router"),
     "fp8": ("#332288", ">", "FP8"),
+    "sparse": ("#ccbb44", "h", "sparse branch alone"),
+    "linear": ("#ee7733", "p", "linear branch alone"),
+    "distill": ("#ee3377", "d", "distilled"),
+    "attention": ("#775533", "8", "attention layers learn"),
+    "adapter": ("#5566cc", "H", "adapter learns"),
 }
-SPARE_COLORS = ("#ee7733", "#228833", "#ee3377", "#ccbb44", "#775533", "#009988", "#5566cc")
+SPARE_COLORS = ("#228833", "#009988", "#bb8800", "#9988cc", "#dd5577")
 SPARE_MARKERS = ("h", "p", "d", "8", "H")
 
 
@@ -40,6 +46,9 @@ class Style:
 
 def style(variant: str) -> Style:
     """Style of a row of the variants sheet, known or not."""
+    if match := re.fullmatch(r"(.+)-step(\d+)", variant):
+        row = style(match[1])
+        return Style(row.color, row.marker, f"{row.label}, {match[2]} steps")
     attention, percent, word = variant, None, None
     if match := re.fullmatch(r"(.+?)-(\d+(?:\.\d+)?)(?:-(.+))?", variant):
         attention, percent, word = match.groups()

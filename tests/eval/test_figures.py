@@ -1,7 +1,9 @@
 """Every figure of the invented study: written as svg and png, equal twice, honest where values are missing."""
 
 import csv
+import runpy
 import shutil
+from types import SimpleNamespace
 
 import pytest
 from conftest import FIGURES, draw_figure
@@ -136,3 +138,27 @@ def test_a_new_row_gets_a_look_too():
     assert style("sla2-97-mine") == style("sla2-97-mine")
     assert style("sla2-97-mine").label == "SLA2 97%, mine"
     assert style("sla2-85").color != style("sla2-97").color
+
+
+def test_a_row_of_a_curve_looks_like_its_method_and_says_its_steps():
+    row, method = style("sla2-97-topk-step50"), style("sla2-97-topk")
+    assert (row.color, row.marker) == (method.color, method.marker)
+    assert row.label == "SLA2 97%, heuristic router, 50 steps"
+
+
+def test_rows_of_one_method_make_a_curve_over_steps():
+    script = runpy.run_path(str(SCRIPTS["finetuning"]))
+    words = {"attention": "sla2", "router": "learned", "mixing": "alpha", "quantization": "none", "sparsity": 0.97}
+    heuristic = words | {"router": "mean_pool"}
+    sheet = {
+        "sla2-97": words | {"finetune": "yes"},
+        "sla2-97-topk": heuristic | {"finetune": "yes"},
+        "sla2-97-step0": words | {"finetune": "no"},
+        "sla2-97-step50": words | {"finetune": "yes"},
+        "sla2-97-adapter": words | {"finetune": "yes"},
+    }
+    logs = [("stage2", "sla2-97", 250.0), ("stage2", "sla2-97-step50", 50.0), ("stage1", "sla2-97", 999.0)]
+    rows = [dict(zip(("stage", "run", "step"), log, strict=True)) for log in logs]
+    tables = SimpleNamespace(variants=sheet, rows=lambda table: rows)
+    assert script["families"](tables) == [(["sla2-97", "sla2-97-step0", "sla2-97-step50"], ["sla2-97-adapter"])]
+    assert script["steps"](tables) == {"sla2-97-step0": 0.0, "sla2-97": 250.0, "sla2-97-step50": 50.0}

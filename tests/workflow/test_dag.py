@@ -21,6 +21,7 @@ TABLES = {
         "training",
         "routers",
         "ablation",
+        "claims",
         "variants",
         "validity",
     ]
@@ -34,6 +35,7 @@ FIGURES = {
         "paired_differences",
         "pareto",
         "attention_error_by_layer",
+        "finetuning",
         "training_curves",
         "routers",
         "what_metrics_see",
