@@ -46,7 +46,7 @@ ablations: $(READY)
 $(RESULTS)/report.zip: $(foreach part,$(PARTS),$(wildcard $(RESULTS)/$(part)/*)) $(wildcard workflow/report/*)
 	@snakemake ablations --configfile $(CONFIG) --report $@
 
-# Inside a study Snakemake keeps the books; another folder has tables and perhaps videos, and nothing else is needed.
+# Inside a study Snakemake keeps the books; another folder has tables and perhaps lossless videos, and nothing else is needed.
 figures: $(READY)
 ifeq ($(FROM),)
 	@[ -e $(RESULTS)/tables/ablation.csv ] || { echo "error: $(RESULTS)/tables holds no tables; run 'make ablations CONFIG=$(CONFIG)', or give FROM=<folder with tables/>" >&2; exit 2; }
@@ -56,9 +56,9 @@ else
 	@[ -e $(FROM)/tables/ablation.csv ] || { echo "error: $(FROM)/tables holds no tables; give FROM=<folder with tables/>" >&2; exit 2; }
 	@for script in $(filter-out %/contact_sheet.py,$(wildcard workflow/scripts/*.py)); do \
 		python $$script --tables $(FROM)/tables --output $(FROM)/figures/$$(basename $$script .py) || exit; done
-	@if [ -d $(FROM)/generate ]; then \
+	@if [ -n "$$(find $(FROM)/generate -name '*.mkv' 2>/dev/null | head -1)" ]; then \
 		python workflow/scripts/contact_sheet.py --tables $(FROM)/tables --videos $(FROM)/generate --output $(FROM)/figures/contact_sheet; \
-		else echo "contact_sheet: $(FROM) holds no videos, so this figure stays as it is"; fi
+		else echo "contact_sheet: $(FROM) holds no lossless videos, so this figure stays as it is"; fi
 	@echo "figures: $(FROM)/figures/"
 endif
 

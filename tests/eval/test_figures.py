@@ -1,8 +1,11 @@
 """Every figure of the invented study: written as svg and png, equal twice, honest where values are missing."""
 
 import csv
+import re
 import runpy
 import shutil
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -162,3 +165,13 @@ def test_rows_of_one_method_make_a_curve_over_steps():
     tables = SimpleNamespace(variants=sheet, rows=lambda table: rows)
     assert script["families"](tables) == [(["sla2-97", "sla2-97-step0", "sla2-97-step50"], ["sla2-97-adapter"])]
     assert script["steps"](tables) == {"sla2-97-step0": 0.0, "sla2-97": 250.0, "sla2-97-step50": 50.0}
+
+
+def test_a_video_that_was_left_behind_is_named(study, tmp_path):
+    shutil.copytree(study / "generate", tmp_path / "generate", ignore=shutil.ignore_patterns("*.mkv"))
+    arguments = ["--tables", study / "tables", "--videos", tmp_path / "generate", "--output", tmp_path / "sheet"]
+    done = subprocess.run(
+        [sys.executable, SCRIPTS["contact_sheet"], *arguments], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert re.fullmatch(r"error: .*p01-s0\.mkv: missing; .*\n", done.stderr)

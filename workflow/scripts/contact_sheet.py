@@ -33,6 +33,10 @@ def strip(entry: dict, count: int) -> tuple[np.ndarray, list[float]]:
     indices = np.linspace(0, entry["frames"] - 1, count).round().astype(int)
     scale = CELL / max(entry["height"], entry["width"])
     size = (round(entry["width"] * scale), round(entry["height"] * scale))
+    if not entry["path"].is_file():
+        raise UserError(
+            f"{entry['path']}: missing; run the generate step, or bring the lossless videos of these prompts"
+        )
     with av.open(str(entry["path"])) as container:
         wanted = set(indices.tolist())
         frames = {i: f.to_ndarray(format="rgb24") for i, f in enumerate(container.decode(video=0)) if i in wanted}
