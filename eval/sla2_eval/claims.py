@@ -22,7 +22,7 @@ That one row is not much worse (`CLOSE`) is a claim of non-inferiority, judged b
 Source: SLA2, arXiv 2602.12675, Tables 1 and 2 and their discussion.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sla2.record import Record
 from sla2_eval.stats import Estimate, estimate, holm, verdict
@@ -86,9 +86,12 @@ def _judged(claim: Claim, cells: dict[tuple, Cell], sheet: dict[str, dict], sett
         if first.example.higher_is_better is None:
             continue
         values = paired_values(first, second, sheet, claim.first, claim.second)
-        found.append(estimate(values, **{name: settings[name] for name in ("draws", "confidence", "seed")}))
+        one = estimate(values, **{name: settings[name] for name in ("draws", "confidence", "seed")})
+        if all(prompt is None for _, prompt, _ in first.values):  # of a layer, not of videos
+            one = replace(one, reason="no interval: not measured per prompt")
+        found.append(one)
         directions.append(1 if first.example.higher_is_better else -1)
-        rows.append(_row(claim, metric, effect=found[-1].mean, ci_low=found[-1].low, ci_high=found[-1].high))
+        rows.append(_row(claim, metric, effect=one.mean, ci_low=one.low, ci_high=one.high))
     corrected = holm([one.p_value for one in found])
     measured = [row for row in rows if not row["verdict"]]
     for row, one, sign, p_holm in zip(measured, found, directions, corrected, strict=True):

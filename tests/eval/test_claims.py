@@ -74,5 +74,17 @@ def test_what_cannot_be_said_says_why():
     assert verdicts(one)["97% close to full"]["verdict"].startswith("cannot: no interval: fewer than two prompts")
 
 
+def test_what_is_measured_of_layers_has_an_effect_and_no_interval():
+    errors = {"sla2-97": 0.3, "full": 0.1}
+    made = [
+        Record(study="hand", variant=name, metric="m", value=value, layer=layer, higher_is_better=False)
+        for name, value in errors.items()
+        for layer in range(2)
+    ]
+    row = verdicts(made)["97% close to full"]
+    assert row["effect"] == pytest.approx(0.2)
+    assert row["verdict"] == "cannot: no interval: not measured per prompt"
+
+
 def test_a_metric_without_direction_has_no_claims():
     assert all(row["metric"] == "" for row in claims.judge(records({}), SETTINGS))
