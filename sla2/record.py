@@ -135,7 +135,7 @@ def write_provenance(path: str | Path, settings: dict, **extra: object) -> None:
     write_json(
         f"{path}.provenance.json",
         {
-            "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+            "command": [Path(sys.argv[0]).name, *map(_without_folders, sys.argv[1:])],
             "git": _git_state(),
             "settings": settings,
             "settings_hash": settings_hash(settings),
@@ -146,6 +146,11 @@ def write_provenance(path: str | Path, settings: dict, **extra: object) -> None:
             **extra,
         },
     )
+
+
+def _without_folders(argument: str) -> str:
+    """The last part of an absolute path: results are published, and where they lay on a machine tells nobody anything."""
+    return Path(argument).name if Path(argument).is_absolute() else argument
 
 
 def machine() -> dict:

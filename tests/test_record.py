@@ -15,3 +15,9 @@ def test_a_copy_without_a_checkout_is_told_its_commit(tmp_path, monkeypatch):
         record.write_provenance(tmp_path / "x", {})
         found[commit] = read_json(tmp_path / "x.provenance.json")["git"]
     assert found == {"": {}, "abc": {"commit": "abc", "dirty": None}}
+
+
+def test_the_command_names_no_folder_of_the_machine(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["/opt/x/score.py", "--output", str(tmp_path / "scores"), "results/tiny"])
+    record.write_provenance(tmp_path / "x", {})
+    assert read_json(tmp_path / "x.provenance.json")["command"] == ["score.py", "--output", "scores", "results/tiny"]

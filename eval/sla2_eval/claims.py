@@ -22,11 +22,11 @@ That one row is not much worse (`CLOSE`) is a claim of non-inferiority, judged b
 Source: SLA2, arXiv 2602.12675, Tables 1 and 2 and their discussion.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from sla2.record import Record
 from sla2_eval.stats import Estimate, estimate, holm, verdict
-from sla2_eval.summary import Cell, cells_of, paired_values
+from sla2_eval.summary import Cell, cells_of, explained, paired_values
 
 COLUMNS = ("claim", "metric", "effect", "ci_low", "ci_high", "verdict")
 BETTER, CLOSE = "better", "close"
@@ -76,7 +76,7 @@ def judge(records: list[Record], settings: dict) -> list[dict]:
 
 
 def _judged(claim: Claim, cells: dict[tuple, Cell], sheet: dict[str, dict], settings: dict) -> list[dict]:
-    rows, found, directions = [], [], []
+    rows, measured = [], []
     for metric in settings["headline"]:
         first, second = (cells.get((name, metric, None)) for name in (claim.first, claim.second))
         if first is None or second is None:
@@ -86,17 +86,14 @@ def _judged(claim: Claim, cells: dict[tuple, Cell], sheet: dict[str, dict], sett
         if first.example.higher_is_better is None:
             continue
         values = paired_values(first, second, sheet, claim.first, claim.second)
-        one = estimate(values, **{name: settings[name] for name in ("draws", "confidence", "seed")})
-        if all(prompt is None for _, prompt, _ in first.values):  # of a layer, not of videos
-            one = replace(one, reason="no interval: not measured per prompt")
-        found.append(one)
-        directions.append(1 if first.example.higher_is_better else -1)
-        rows.append(_row(claim, metric, effect=one.mean, ci_low=one.low, ci_high=one.high))
-    corrected = holm([one.p_value for one in found])
-    measured = [row for row in rows if not row["verdict"]]
-    for row, one, sign, p_holm in zip(measured, found, directions, corrected, strict=True):
+        options = {name: settings[name] for name in ("draws", "confidence", "seed")}
+        found = explained(estimate(values, **options), first)
+        rows.append(_row(claim, metric, effect=found.mean, ci_low=found.low, ci_high=found.high))
+        measured.append((rows[-1], found, 1 if first.example.higher_is_better else -1))
+    corrected = holm([found.p_value for _, found, _ in measured])
+    for (row, found, sign), p_holm in zip(measured, corrected, strict=True):
         margin = settings["margins"].get(row["metric"])
-        row["verdict"] = _verdict(claim, one, sign, p_holm, margin, settings["confidence"])
+        row["verdict"] = _verdict(claim, found, sign, p_holm, margin, settings["confidence"])
     return rows
 
 

@@ -46,9 +46,10 @@ class Style:
 
 def style(variant: str) -> Style:
     """Style of a row of the variants sheet, known or not."""
-    if match := re.fullmatch(r"(.+)-step(\d+)", variant):
-        row = style(match[1])
-        return Style(row.color, row.marker, f"{row.label}, {match[2]} steps")
+    method, steps = without_steps(variant)
+    if steps:
+        row = style(method)
+        return Style(row.color, row.marker, f"{row.label}, {steps} steps")
     attention, percent, word = variant, None, None
     if match := re.fullmatch(r"(.+?)-(\d+(?:\.\d+)?)(?:-(.+))?", variant):
         attention, percent, word = match.groups()
@@ -60,6 +61,12 @@ def style(variant: str) -> Style:
     head, _, tail = name.partition(",")
     label = f"{head} {percent}%" + (f",{tail}" if tail else "")
     return Style(_lighter(color, min(0.6, max(0.0, 97 - float(percent)) / 20)), marker, label)
+
+
+def without_steps(variant: str) -> tuple[str, str]:
+    """Name of the row that `<row>-step<number>` is a point of the curve of, and the number; the name itself and "" for others."""
+    match = re.fullmatch(r"(.+)-step(\d+)", variant)
+    return (match[1], match[2]) if match else (variant, "")
 
 
 def label(variant: str) -> str:

@@ -95,6 +95,20 @@ def panels(count: int, columns: int, width: float, height: float, **options: obj
     return figure, axes[:count]
 
 
+def headline_panels(tables: TableSet) -> tuple[Figure, list[tuple[Axes, dict[str, dict]]]]:
+    """A titled panel per headline metric; those that have values, each with the rows of its metric by variant."""
+    metrics = [metric for metric in tables.study["headline"] if not metric.startswith("sparsity")]
+    figure, axes = panels(len(metrics), 4, 2.9, 2.6)
+    filled = []
+    for ax, metric in zip(axes, metrics, strict=True):
+        entitle(ax, tables, metric)
+        if rows := tables.metric(metric):
+            filled.append((ax, rows))
+        else:
+            say_missing(ax, tables, metric)
+    return figure, filled
+
+
 def logarithmic(ax: Axes) -> None:
     """Logarithmic y axis with plain numbers."""
     ax.set_yscale("log")

@@ -109,9 +109,7 @@ def _row(cells: dict[tuple, Cell], key: tuple, sheet: dict[str, dict], settings:
     variant, metric, layer = key
     cell, reference = cells[key], cells.get((settings["reference"], metric, layer))
     options = {name: settings[name] for name in ("draws", "confidence", "seed")}
-    found = estimate(_array(cell, [cell]), **options)
-    if all(prompt is None for _, prompt, _ in cell.values):  # of a layer or a machine, not of videos
-        found = replace(found, n_prompts=0, n_seeds=0, reason=found.reason and "no interval: not measured per prompt")
+    found = explained(estimate(_array(cell, [cell]), **options), cell)
     undefined = sum(value is None for value in cell.values.values())
     reasons = [found.reason]
     if undefined:
@@ -150,6 +148,13 @@ def _row(cells: dict[tuple, Cell], key: tuple, sheet: dict[str, dict], settings:
         "margin": settings["margins"].get(metric),
     }
     return row, paired
+
+
+def explained(found: Estimate, cell: Cell) -> Estimate:
+    """An estimate of a cell's values; one of a layer or a machine, not of videos, says that it has no prompts."""
+    if any(prompt is not None for _, prompt, _ in cell.values):
+        return found
+    return replace(found, n_prompts=0, n_seeds=0, reason=found.reason and "no interval: not measured per prompt")
 
 
 def paired_values(cell: Cell, reference: Cell, sheet: dict[str, dict], variant: str, other: str) -> np.ndarray:

@@ -55,6 +55,13 @@ class TableSet:
         """Rows of the variants sheet by name, in its order."""
         return {row["variant"]: row for row in self.rows("variants")}
 
+    def variants_by(self, *words: str) -> dict[tuple, list[str]]:
+        """Names of the rows that say the same of all these words of the sheet, by what they say."""
+        groups: dict[tuple, list[str]] = {}
+        for name, row in self.variants.items():
+            groups.setdefault(tuple(row[word] for word in words), []).append(name)
+        return groups
+
     def rows(self, table: str) -> list[dict]:
         """Rows of `<table>.csv`; numbers as float, None where empty."""
         path = self.folder / f"{table}.csv"

@@ -122,7 +122,8 @@ def low_bit_sparse(
     on_hopper = hopper.serves(q, k, v, s.block_q, s.block_k)
     low = empty_operands(k, v, s.block_k, s.precision)
     if low.low_values:
-        low.v_largest = torch.linalg.vector_norm(v, torch.inf, dim=2, dtype=torch.float32).flatten(0, 1)
+        largest = low.v_largest.view(v.shape[0], v.shape[1], v.shape[3])
+        torch.linalg.vector_norm(v, torch.inf, dim=2, dtype=torch.float32, out=largest)
     quantise_keys_values(k, v, None, low, permuted=on_hopper)
     if on_hopper:
         o, _, lse = hopper.forward(q, k, v, tables, None, low, save=True)

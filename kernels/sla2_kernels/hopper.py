@@ -192,21 +192,32 @@ def times_values(p_a, p_b, v_tiles, at, acc):
 
 
 @gluon.jit
-def times_low_values(p_a, p_b, v_tiles, at, CHANNELS: gl.constexpr, HALF_OUT: gl.constexpr, BD: gl.constexpr):
-    """Start P V of two key blocks in e4m3, for the first or the second half of the channels."""
+def times_half(p, v_tile, CHANNELS: gl.constexpr, HALF_OUT: gl.constexpr, BD: gl.constexpr):
+    """Start P V of one key block in e4m3, for the first or the second half of the channels."""
     nothing = gl.zeros([64, BD // 2], gl.float32, layout=HALF_OUT)
-    values = v_tiles.index(at).slice(CHANNELS * BD // 2, BD // 2, 0)
-    sums = warpgroup_mma(p_a, values.permute((1, 0)), nothing, use_acc=False, is_async=True)
+    values = v_tile.slice(CHANNELS * BD // 2, BD // 2, 0)
+    return warpgroup_mma(p, values.permute((1, 0)), nothing, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def times_low_values(p_a, p_b, v_tiles, at, CHANNELS: gl.constexpr, HALF_OUT: gl.constexpr, BD: gl.constexpr):
+    """As `times_half`, of two key blocks."""
+    sums = times_half(p_a, v_tiles.index(at), CHANNELS, HALF_OUT, BD)
     values = v_tiles.index(at + 1).slice(CHANNELS * BD // 2, BD // 2, 0)
     return warpgroup_mma(p_b, values.permute((1, 0)), sums, is_async=True)
 
 
 @gluon.jit
-def times_ones(p_a, p_b, ones, COUNTS: gl.constexpr):
-    """Start the row sums of two key blocks' P in e4m3, eight times over: the narrowest product there is."""
+def row_sum_of(p, ones, COUNTS: gl.constexpr):
+    """Start the row sums of one key block's P in e4m3, eight times over: the narrowest product there is."""
     nothing = gl.zeros([64, 8], gl.float32, layout=COUNTS)
-    counts = warpgroup_mma(p_a, ones.permute((1, 0)), nothing, use_acc=False, is_async=True)
-    return warpgroup_mma(p_b, ones.permute((1, 0)), counts, is_async=True)
+    return warpgroup_mma(p, ones.permute((1, 0)), nothing, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def times_ones(p_a, p_b, ones, COUNTS: gl.constexpr):
+    """As `row_sum_of`, of two key blocks."""
+    return warpgroup_mma(p_b, ones.permute((1, 0)), row_sum_of(p_a, ones, COUNTS), is_async=True)
 
 
 @gluon.jit
@@ -375,12 +386,9 @@ def consume(HALF: gl.constexpr, o, o_sparse, q_ring, k_ring, v_ring, h_ring, one
             mbarrier.wait(v_full.index(slot), parity)
             low_last = operand(carried(p_last, OUT, LOW_PV), OUT, LOW_PV)
             if LOW_PV:
-                values, nothing = v_tiles.index(2 * slot), gl.zeros([64, BD // 2], gl.float32, layout=HALF_OUT)
-                first_half, second_half = values.slice(0, BD // 2, 0), values.slice(BD // 2, BD // 2, 0)
-                sums = warpgroup_mma(low_last, first_half.permute((1, 0)), nothing, use_acc=False, is_async=True)
-                others = warpgroup_mma(low_last, second_half.permute((1, 0)), nothing, use_acc=False, is_async=True)
-                no_counts = gl.zeros([64, 8], gl.float32, layout=COUNTS)
-                counts = warpgroup_mma(low_last, ones.permute((1, 0)), no_counts, use_acc=False, is_async=True)
+                sums = times_half(low_last, v_tiles.index(2 * slot), 0, HALF_OUT, BD)
+                others = times_half(low_last, v_tiles.index(2 * slot), 1, HALF_OUT, BD)
+                counts = row_sum_of(low_last, ones, COUNTS)
                 sums, others, counts = warpgroup_mma_wait(0, deps=[sums, others, counts])
                 left, right = shrunk_plus(left, shrink, sums), shrunk_plus(right, shrink, others)
                 norm = shrunk_plus(norm, shrink, counts)

@@ -150,7 +150,7 @@ def _quantise_kernel(k, v, mean, v_largest, k8, k_scale, v8, stride_kb, stride_k
     tl.store(k8 + line * (BLOCK * BD) + inside[:, None] * BD + columns[None, :], low)
     tl.store(k_scale + line, scale)
     if FP8_PV:
-        if PERMUTED:  # place 4 t + 2 j + e of 16 holds key 8 j + 2 t + e, see `hopper.operand`
+        if PERMUTED:  # place 4 t + 2 j + e of 16 holds key 8 j + 2 t + e, see `hopper.carried`
             rows = i_n * BLOCK + ((inside & ~15) | ((inside & 2) << 2) | ((inside & 12) >> 1) | (inside & 1))
         largest = tl.load(v_largest + i_bh * D + columns, mask=columns < D, other=1.0)
         channel = tl.maximum(largest / FP8_MAX, TINY)

@@ -6,7 +6,6 @@ import runpy
 import shutil
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 from conftest import FIGURES, draw_figure
@@ -149,7 +148,7 @@ def test_a_row_of_a_curve_looks_like_its_method_and_says_its_steps():
     assert row.label == "SLA2 97%, heuristic router, 50 steps"
 
 
-def test_rows_of_one_method_make_a_curve_over_steps():
+def test_rows_of_one_method_make_a_curve_over_steps(monkeypatch):
     script = runpy.run_path(str(SCRIPTS["finetuning"]))
     words = {"attention": "sla2", "router": "learned", "mixing": "alpha", "quantization": "none", "sparsity": 0.97}
     heuristic = words | {"router": "mean_pool"}
@@ -162,7 +161,10 @@ def test_rows_of_one_method_make_a_curve_over_steps():
     }
     logs = [("stage2", "sla2-97", 250.0), ("stage2", "sla2-97-step50", 50.0), ("stage1", "sla2-97", 999.0)]
     rows = [dict(zip(("stage", "run", "step"), log, strict=True)) for log in logs]
-    tables = SimpleNamespace(variants=sheet, rows=lambda table: rows)
+    monkeypatch.setattr(TableSet, "__init__", lambda self: None)
+    monkeypatch.setattr(TableSet, "variants", sheet)
+    monkeypatch.setattr(TableSet, "rows", lambda self, table: rows)
+    tables = TableSet()
     assert script["families"](tables) == [(["sla2-97", "sla2-97-step0", "sla2-97-step50"], ["sla2-97-adapter"])]
     assert script["steps"](tables) == {"sla2-97-step0": 0.0, "sla2-97": 250.0, "sla2-97-step50": 50.0}
 

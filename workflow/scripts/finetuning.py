@@ -1,12 +1,10 @@
 """Quality against fine-tuning: rows of one method, trained longer or otherwise."""
 
-import re
-
 from matplotlib.figure import Figure
 
 from sla2.errors import run_main
 from sla2_eval import plot
-from sla2_eval.palette import style
+from sla2_eval.palette import style, without_steps
 from sla2_eval.table_set import TableSet
 
 WORDS = ("attention", "router", "mixing", "quantization", "sparsity")
@@ -17,14 +15,11 @@ def families(tables: TableSet) -> list[tuple[list[str], list[str]]]:
 
     The rows of a curve are named `<row>` and `<row>-step<number>`, or, where the dense model is concerned, `base` and `full`.
     """
-    groups: dict[tuple, list[str]] = {}
-    for name, row in tables.variants.items():
-        groups.setdefault(tuple(row[word] for word in WORDS), []).append(name)
     found = []
-    for names in groups.values():
+    for names in tables.variants_by(*WORDS).values():
         head = min((name for name in names if trained(name, tables)), key=len, default=None)
         if head and len(names) > 1:
-            curve = [n for n in names if n == head or not trained(n, tables) or re.fullmatch(rf"{head}-step\d+", n)]
+            curve = [n for n in names if not trained(n, tables) or without_steps(n)[0] == head]
             found.append((curve, [n for n in names if n not in curve]))
     return found
 
@@ -43,16 +38,10 @@ def steps(tables: TableSet) -> dict[str, float]:
 
 
 def draw(tables: TableSet) -> Figure:
-    metrics = [m for m in tables.study["headline"] if not m.startswith("sparsity")]
     groups, length = families(tables), steps(tables)
     gap = max(length.values(), default=0) / 60  # so that intervals of equal steps stand side by side
-    figure, axes = plot.panels(len(metrics), 4, 2.9, 2.6)
-    for ax, metric in zip(axes, metrics, strict=True):
-        rows = tables.metric(metric)
-        plot.entitle(ax, tables, metric)
-        if not rows:
-            plot.say_missing(ax, tables, metric)
-            continue
+    figure, filled = plot.headline_panels(tables)
+    for ax, rows in filled:
         for number, (curve, others) in enumerate(groups):
             shift = gap * (number - (len(groups) - 1) / 2)
             known = sorted((n for n in curve if n in rows and n in length), key=lambda n: length[n])
@@ -64,10 +53,8 @@ def draw(tables: TableSet) -> Figure:
                 x = length[name] + gap * (place + len(groups) / 2)
                 plot.point(ax, rows[name], x, fillstyle=plot.fill(rows[name]))
         ax.set_xlabel("steps of fine-tuning")
-    heads = [max(curve, key=lambda n: (trained(n, tables), -len(n))) for curve, _ in groups]
-    shown = list(
-        dict.fromkeys([*heads, *(n for curve, others in groups for n in (*others, *curve) if "-step" not in n)])
-    )
+    drawn = {name for curve, others in groups for name in (*curve, *others)}
+    shown = [name for name in tables.variants if name in drawn and not without_steps(name)[1]]
     plot.legend(figure, [*plot.variant_handles(shown), *plot.fill_legend(tables.study["reference"])])
     return figure
 

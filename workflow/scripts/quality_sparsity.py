@@ -14,30 +14,20 @@ TICKS = (0.5, 0.7, 0.8, 0.85, 0.9, 0.95, 0.97, 0.98, 0.99)
 
 def series(tables: TableSet) -> list[list[str]]:
     """Rows that differ in sparsity only, and whole attentions of one sparsity; single-part ablations have their own figure."""
-    groups: dict[tuple, list[str]] = {}
-    for name, row in tables.variants.items():
-        if row["attention"] != "full":
-            parts = tuple(row[axis] for axis in ("attention", "router", "mixing", "quantization", "finetune"))
-            groups.setdefault(parts, []).append(name)
+    groups = tables.variants_by("attention", "router", "mixing", "quantization", "finetune")
     return [
         sorted(names, key=lambda n: tables.variants[n]["sparsity"])
-        for parts, names in groups.items()
-        if len(names) > 1 or parts[0] != "sla2"
+        for (attention, *_), names in groups.items()
+        if attention != "full" and (len(names) > 1 or attention != "sla2")
     ]
 
 
 def draw(tables: TableSet) -> Figure:
-    metrics = [m for m in tables.study["headline"] if not m.startswith("sparsity")]
     groups = series(tables)
     dense = [name for name, row in tables.variants.items() if row["attention"] == "full"]
     realised = {name: row["mean"] for name, row in tables.metric("sparsity.realised").items()}
-    figure, axes = plot.panels(len(metrics), 4, 2.9, 2.6)
-    for ax, metric in zip(axes, metrics, strict=True):
-        rows = tables.metric(metric)
-        plot.entitle(ax, tables, metric)
-        if not rows:
-            plot.say_missing(ax, tables, metric)
-            continue
+    figure, filled = plot.headline_panels(tables)
+    for ax, rows in filled:
         for name in dense:
             if name in rows:
                 look, row = style(name), rows[name]
