@@ -76,7 +76,7 @@ def flow_losses(
     Args:
         latents: (B, C, T', h, w), normalised; text: (B, L, D); empty: (1, L, D) embedding of the empty caption. With a team,
             of this process's share of the batch, and the parts of all processes sum to the loss.
-        draw: CPU generator of noise levels (stratified over the batch), noise and dropped captions.
+        draw: CPU generator of noise levels (stratified over the batch), seeds of the noise, and dropped captions.
         teacher: predicts the target velocity in place of the data's.
         micro_batch: clips in one part; 0 takes all in one.
         law: of the noise levels, see `noise_levels`.
@@ -85,15 +85,15 @@ def flow_losses(
     count = own * (team.size if team else 1)
     places = list(team.share(count) if team else range(count))
     uniform = ((torch.rand(count, generator=draw) + torch.arange(count)) / count)[places]
-    sigma = noise_levels(uniform.clamp(1e-3, 1 - 1e-3), law, shift).to(device)
-    dropped = (torch.rand(count, generator=draw) < caption_dropout)[places].to(device)
+    sigma = sent(noise_levels(uniform.clamp(1e-3, 1 - 1e-3), law, shift), device)
+    dropped = sent((torch.rand(count, generator=draw) < caption_dropout)[places], device)
     seeds = torch.randint(2**31, (count,), generator=draw)[places].tolist()
     text = torch.where(dropped[:, None, None], empty, text)
     size = micro_batch or own
     for start in range(0, own, size):
         part = slice(start, start + size)
-        noise = draw_noise(latents.shape[1:], seeds[part])
-        x, wanted = noisy(latents[part], noise.to(device), sigma[part])
+        noise = draw_noise(latents.shape[1:], seeds[part], device)
+        x, wanted = noisy(latents[part], noise, sigma[part])
         inputs = x, sigma[part], text[part]
         if team:
             team.exchange(transformer, gradients=start + size >= own)
@@ -105,12 +105,19 @@ def flow_losses(
         yield (found - wanted).square().mean() * (len(wanted) / count)
 
 
-def draw_noise(shape: torch.Size, seeds: list[int]) -> Tensor:
-    """Standard normal noise (B, *shape) on the CPU, of each clip by its seed.
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A small tensor of the CPU on the device, without waiting for what a GPU still computes."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
-    torch draws on one thread: of a batch that a GPU takes, for a good part of the step's time, so clips are drawn side by side.
-    """
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+
+def draw_noise(shape: torch.Size, seeds: list[int], device: torch.device) -> Tensor:
+    """Standard normal noise (B, *shape), of each clip by its seed; a GPU's numbers are not a CPU's."""
+    if device.type == "cuda":
+        draws = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+        return torch.stack([torch.randn(shape, generator=draw, device=device) for draw in draws])
+    with ThreadPoolExecutor(
+        torch.get_num_threads()
+    ) as pool:  # torch draws on one thread, so clips are drawn side by side
         return torch.stack(list(pool.map(lambda seed: torch.randn(shape, generator=generator(seed)), seeds)))
 
 

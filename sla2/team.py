@@ -84,11 +84,15 @@ class Team:
 
     def sum(self, value: float) -> float:
         """Sum of a number over the processes."""
-        if self.size == 1:
-            return value
-        total = torch.tensor(value, dtype=torch.float64, device=self.device)
-        dist.all_reduce(total)
-        return total.item()
+        return (
+            self.total(torch.tensor(value, dtype=torch.float64, device=self.device)).item() if self.size > 1 else value
+        )
+
+    def total(self, value: Tensor) -> Tensor:
+        """Sum of a tensor over the processes, in its place."""
+        if self.size > 1:
+            dist.all_reduce(value)
+        return value
 
     def whole(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Tensors on the CPU, put together from their shards, on the first process; empty on the others, who must call it too."""

@@ -3,6 +3,8 @@
 import csv
 import io
 import math
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -140,35 +142,78 @@ def rate(step: int, steps: int, warmup: int) -> float:
 
 def update(
     parts: Iterable[Tensor], optimizers: list[torch.optim.Optimizer], clip: float, team: Team | None = None
-) -> float:
-    """One optimiser step on the sum of the parts, whose gradients are summed; returns that sum.
+) -> Tensor:
+    """One optimiser step on the sum of the parts, whose gradients are summed.
+
+    Nothing here waits for a GPU: Muon starts a thousand small kernels, which it can do while the backward pass still runs.
 
     Args:
         parts: losses, each formed when its turn comes, so that one part's activations are in memory at a time.
         clip: largest gradient norm.
         team: the sum is over its processes too.
 
-    Raises:
-        UserError: when a gradient is not finite; the weights are as they were.
+    Returns:
+        The sum of the parts and the norm of the gradients, fp64 (2,).
     """
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
     size = team.size if team else 1
-    number = 0.0
+    losses = []
     for part in parts:
         (part * size if size > 1 else part).backward()  # the exchange takes the mean over processes, a sum is wanted
-        number += part.item()
+        losses.append(part.detach().double())
     parameters = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
     norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-    if not norm.isfinite():
-        raise UserError(
-            f"training: the norm of the gradients is {norm.item()}; lower the learning rate, or look at the data"
-        )
     nn.utils.clip_grads_with_norm_(parameters, clip, norm)
     for optimizer in optimizers:
         optimizer.step()
-    return team.sum(number) if team else number
+    total = torch.stack(losses).sum()
+    return torch.stack([team.total(total) if team else total, norm.double()])
+
+
+class Later:
+    """Numbers on their way from a GPU: they are read when the GPU has the next step to compute.
+
+    Args:
+        numbers: on any device.
+    """
+
+    def __init__(self, numbers: Tensor) -> None:
+        self.numbers, self.there = numbers, None
+        if numbers.is_cuda:
+            self.numbers = torch.empty_like(numbers, device="cpu", pin_memory=True).copy_(numbers, non_blocking=True)
+            self.there = torch.cuda.Event()
+            self.there.record()
+
+    def read(self) -> list[float]:
+        """Wait for them."""
+        if self.there:
+            self.there.synchronize()
+        return self.numbers.tolist()
+
+
+@contextmanager
+def patient(team: Team | None) -> Iterator[Callable[[], bool]]:
+    """Ctrl-C waits for the end of the step, which asks for it by the function given here; a second one does not wait.
+
+    Processes of a team stop as before: they would not all stop at the same step.
+    """
+    asked = []
+
+    def note(number: int, frame: object) -> None:
+        asked.append(number)
+        signal.signal(signal.SIGINT, former)
+
+    alone = team is None or team.size == 1
+    if not alone or threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    former = signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: bool(asked)
+    finally:
+        signal.signal(signal.SIGINT, former)
 
 
 def train(
@@ -193,6 +238,8 @@ def train(
 ) -> None:
     """Train `module` in place, resuming from `checkpoint` when there is one; leaves the averaged weights in it.
 
+    Ctrl-C saves the step that it finds. The last step is saved too: what follows the training may fail.
+
     Args:
         optimizers: step together; each of their groups' learning rates is a peak that the schedule scales.
         loss: yields the parts that sum to the training loss of step i (from 0); its random draws depend on i only.
@@ -202,6 +249,9 @@ def train(
         state: further modules that belong to the checkpoint.
         waited_s: seconds that the run has waited for data so far.
         team: processes that train together; the first shows progress and writes checkpoints.
+
+    Raises:
+        UserError: when a gradient is not finite; the checkpoint is of before.
     """
     average = Average(module, ema)
     modules = {"module": module, "average": average.values, **(state or {})}
@@ -220,25 +270,48 @@ def train(
     if validate and start == 0:
         look(0)
     progress = bar(steps, description, start, shown=team is None or team.first)
-    for step in progress:
-        began, waited = time.perf_counter(), waited_s()
-        for group, peak in zip(groups, peaks, strict=True):
-            group["lr"] = peak * rate(step, steps, warmup)
-        number = update(loss(step), optimizers, clip, team)
-        average.update(step + 1)
-        log.add(step + 1, phase, "train", "loss", number)
-        seconds, waited = time.perf_counter() - began, waited_s() - waited
-        peak = torch.cuda.max_memory_allocated() / GIB if next(module.parameters()).is_cuda else None
-        log.time(step + 1, phase, seconds, waited, peak)
-        shown = {"loss": f"{number:.4f}", "data": f"{waited / seconds:.0%}"}
-        progress.set_postfix(**shown, **({} if peak is None else {"gpu": f"{peak:.1f} GiB"}))
-        done = step + 1
-        if validate and (done % validate_every == 0 or done == steps):
-            look(done)
-            if stop():
-                break
-        if done % checkpoint.every == 0 and done < steps:
-            checkpoint.save(done, modules, optimizers, log.state())
+    unread: list[tuple[int, Later]] = []
+
+    def settle() -> None:
+        """Log the loss of the step before, which a GPU has computed by now."""
+        while unread:
+            number, found = unread.pop()
+            value, norm = found.read()
+            if not math.isfinite(norm):
+                raise UserError(
+                    f"{description}: the norm of the gradients of step {number} is {norm}; lower the learning rate, or look at the data"
+                )
+            log.add(number, phase, "train", "loss", value)
+            progress.set_postfix(loss=f"{value:.4f}", **told)
+
+    told: dict[str, str] = {}
+    with patient(team) as interrupted:
+        for step in progress:
+            began, waited = time.perf_counter(), waited_s()
+            for group, peak in zip(groups, peaks, strict=True):
+                group["lr"] = peak * rate(step, steps, warmup)
+            numbers = Later(update(loss(step), optimizers, clip, team))
+            average.update(step + 1)
+            settle()
+            done = step + 1
+            unread.append((done, numbers))
+            seconds, waited = time.perf_counter() - began, waited_s() - waited
+            peak = torch.cuda.max_memory_allocated() / GIB if next(module.parameters()).is_cuda else None
+            log.time(done, phase, seconds, waited, peak)
+            told = {"data": f"{waited / seconds:.0%}", **({} if peak is None else {"gpu": f"{peak:.1f} GiB"})}
+            due = validate and (done % validate_every == 0 or done == steps)
+            halt = interrupted()
+            saved = done % checkpoint.every == 0 or done == steps or halt
+            if due or saved:
+                settle()
+            if due:
+                look(done)
+                if stop():
+                    break
+            if saved:
+                checkpoint.save(done, modules, optimizers, log.state())
+            if halt:
+                raise KeyboardInterrupt
     average.store()
 
 

@@ -1,5 +1,8 @@
 """The training loop: a run that is killed half-way and resumed equals an uninterrupted one, bit for bit."""
 
+import os
+import signal
+
 import pytest
 import torch
 from torch import nn
@@ -14,7 +17,8 @@ class KilledError(Exception):
     """Stands for kill -9: nothing after it runs."""
 
 
-def run(folder, steps=12, kill_at=None, identity=None):
+def run(folder, steps=12, kill_at=None, identity=None, at=lambda step: 0.0):
+    """The run's weights and log; `at` is called in every step and adds to its loss."""
     torch.manual_seed(0)
     module = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 2))
     optimizers = [torch.optim.Muon([module[0].weight]), torch.optim.AdamW(module[2].parameters(), lr=1e-2)]
@@ -25,7 +29,7 @@ def run(folder, steps=12, kill_at=None, identity=None):
             raise KilledError
         draw = generator(1, step)
         x = torch.randn(3, 4, generator=draw) + torch.tensor(order(step))[:, None]
-        yield module(x).square().mean()
+        yield module(x).square().mean() * (1 + at(step))
 
     checkpoint = Checkpoint(folder, "run", identity or {"lr": 1e-2}, every=4)
     train("test", "test", module, optimizers, loss, steps, checkpoint, log, warmup=2, ema=0.9,
@@ -42,6 +46,53 @@ def test_resumed_run_equals_an_uninterrupted_one(tmp_path, kill_at):
     assert log == expected_log
     for name, tensor in expected.items():
         assert torch.equal(found[name], tensor), name
+
+
+def press_ctrl_c(step, when):
+    if step == when:
+        os.kill(os.getpid(), signal.SIGINT)
+    return 0.0
+
+
+def test_ctrl_c_keeps_the_step_that_it_finds(tmp_path):
+    expected, expected_log = run(tmp_path / "a")
+    begun, before = [], signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "b", at=lambda step: press_ctrl_c(step, 6))
+    assert signal.getsignal(signal.SIGINT) is before
+    found, log = run(tmp_path / "b", at=lambda step: begun.append(step) or 0.0)
+    assert begun[0] == 7
+    assert log == expected_log
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+
+
+def test_a_second_ctrl_c_does_not_wait(tmp_path):
+    def at(step):
+        press_ctrl_c(step, 6)
+        return press_ctrl_c(step, 6)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, at=at)
+    begun = []
+    run(tmp_path, at=lambda step: begun.append(step) or 0.0)
+    assert begun[0] == 4  # of the checkpoint before
+
+
+def test_gradients_that_are_not_finite_end_the_run_and_not_its_checkpoint(tmp_path):
+    with pytest.raises(UserError, match=r"test: the norm of the gradients of step 8 is nan; lower the learning rate"):
+        run(tmp_path, at=lambda step: float("nan") if step == 7 else 0.0)
+    begun = []
+    run(tmp_path, at=lambda step: begun.append(step) or 0.0)
+    assert begun[0] == 4
+
+
+def test_a_finished_run_is_not_begun_again(tmp_path):
+    expected, _ = run(tmp_path)
+    begun = []
+    found, _ = run(tmp_path, at=lambda step: begun.append(step) or 0.0)
+    assert not begun
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
 def test_checkpoint_of_other_settings_is_refused(tmp_path):

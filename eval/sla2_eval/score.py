@@ -4,15 +4,18 @@
         --videos results/S/generate/V/seed0 [seed1 ...] --reference results/S/generate/base/seed0 \
         [--trained results/S/stage2/V/seed0 ...] --judge results/S/score/judge --prompts TSV --output results/S/score/V.csv
 
-All training seeds are scored in one process: importing the metric libraries costs more than using them. Metrics are computed
-on the lossless frames. What has no value is a row with the reason, so that no table can average over it in silence.
+All training seeds are scored in one process, as many videos at a time as it has threads: importing the metric libraries costs
+more than using them, which mostly runs outside of Python. Metrics are computed on the lossless frames. What has no value is a row with the reason, so that no table can average over it in silence.
 """
 
 import argparse
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
+import cv2
 import torch
 
 from sla2.attention import AttentionSettings
@@ -64,14 +67,21 @@ def main() -> None:
         absent |= dict.fromkeys((*FLOOR, KERNEL_FLOOR), "measured on the untouched dense model only")
     records = [rows.record(Measured(metric, None, "", reason)) for metric, reason in absent.items()]
     reference = {} if is_reference(args) else manifest(args.reference)
+    # One thread a video, so that numbers do not depend on how many there are.
+    torch.set_num_threads(1)
+    cv2.setNumThreads(1)
     for folder in args.videos:
         seed = training_seed(folder, variant)
-        entries = manifest(folder).values()
-        for entry in bar(list(entries), f"score {variant.variant} {folder.name}"):
-            for measured in of_video(folder, entry, args.reference, reference, prompts, scores):
-                records.append(rows.record(measured, train_seed=seed, prompt_id=entry["prompt_id"], seed=entry["seed"]))
+        entries = list(manifest(folder).values())
+        measure_one = partial(of_video, folder, args.reference, reference, prompts, scores)
+        with ThreadPoolExecutor(settings["threads"]) as pool:
+            found = pool.map(measure_one, entries)
+            for number in bar(len(entries), f"score {variant.variant} {folder.name}"):
+                where = {name: entries[number][name] for name in ("prompt_id", "seed")}
+                records += [rows.record(measured, train_seed=seed, **where) for measured in next(found)]
         clips = (read_video(folder / entry["file"])[0] for entry in entries)
         records += [rows.record(measured, train_seed=seed) for measured in scores.of_set(clips)]
+    torch.set_num_threads(settings["threads"])
     records += list(attention_records(args, rows, device))
     write_provenance(
         args.output,
@@ -131,8 +141,8 @@ def training_seed(folder: Path, variant: Variant) -> int | None:
 
 
 def of_video(
-    folder: Path, entry: dict, reference_folder: Path, reference: dict, prompts: dict[str, Prompt], scores: VideoScores
-) -> Iterator[Measured]:
+    folder: Path, reference_folder: Path, reference: dict, prompts: dict[str, Prompt], scores: VideoScores, entry: dict
+) -> list[Measured]:
     """All metrics of one manifest entry; without `reference` fidelity is left out."""
     prompt = prompts.get(entry["prompt_id"])
     if prompt is None:
@@ -140,17 +150,19 @@ def of_video(
             f"{folder}/manifest.jsonl: prompt '{entry['prompt_id']}' is not in the prompt sheet; generate again"
         )
     frames, fps = read_video(folder / entry["file"])
+    found: list[Measured] = []
     dense = None
     if reference:
         other = reference.get((entry["prompt_id"], entry["seed"]))
         if other is None or other["noise_sha256"] != entry["noise_sha256"]:
-            for name in FIDELITY:
-                yield Measured(name, None, "", f"{reference_folder} has no video of this prompt, seed and noise")
+            reason = f"{reference_folder} has no video of this prompt, seed and noise"
+            found += [Measured(name, None, "", reason) for name in FIDELITY]
         else:
             dense, _ = read_video(reference_folder / other["file"])
-    yield from scores.of(frames, prompt, dense, fps, folder / entry["file"])
+    found += scores.of(frames, prompt, dense, fps, folder / entry["file"])
     if not reference:
-        yield from noise_floor(folder, entry, frames)
+        found += noise_floor(folder, entry, frames)
+    return found
 
 
 def noise_floor(folder: Path, entry: dict, frames: torch.Tensor) -> Iterator[Measured]:

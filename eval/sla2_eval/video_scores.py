@@ -58,7 +58,7 @@ class VideoScores:
         video: frames, height, width and fps that were asked for; None where nothing was, as for a folder of any videos.
         judge: folder of the judge step; None leaves out what is trained in the study's own domain.
         prompts: what the videos were made from; what none of them promises is not measured.
-        device: of networks; all else works on the CPU.
+        device: of networks and of fidelity; all else works on the CPU.
         official: metrics that need published weights.
         wanted: names to measure; None for all.
     """
@@ -76,6 +76,7 @@ class VideoScores:
         self.promised = [name for name in ATTRIBUTES if any(name in prompt.attributes for prompt in prompts)]
         self.official = official or Official({}, device)
         self.wanted, self.has_prompts, self.device = wanted, bool(prompts), device
+        torch.backends.cudnn.allow_tf32 = False  # SSIM is made of convolutions
         self.oracle = Oracle(grammar.COLORS, canonical_masks(), grammar.DIRECTIONS)
         self.naturalness = load_naturalness(judge) if judge else None
         self.of_judge = judge
@@ -140,8 +141,8 @@ class VideoScores:
         yield DYNAMIC, opencv, lambda: dynamic_degree(frames, fps)
         yield [NATURALNESS], numpy, lambda: {NATURALNESS: self.naturalness(frames)}
         if reference is not None:
-            torchmetrics = f"torchmetrics-{importlib.metadata.version('torchmetrics')}/cpu"
-            yield FIDELITY, torchmetrics, lambda: fidelity(frames, reference.numpy())
+            torchmetrics = f"torchmetrics-{importlib.metadata.version('torchmetrics')}/{self.device.type}"
+            yield FIDELITY, torchmetrics, lambda: fidelity(frames, reference.numpy(), self.device)
         words = prompt.attributes if prompt else {}
         promised = {name: words[name] for name in self.promised if name in words}
         if promised:

@@ -10,7 +10,7 @@ PIXELS = 2**21  # compared at once: more than fit a processor's cache take twice
 SSIM_WINDOW = 11  # side of the Gaussian window (sigma 1.5) in pixels
 
 
-def fidelity(video, reference) -> dict[str, float]:
+def fidelity(video, reference, device: torch.device | str = "cpu") -> dict[str, float]:
     """Card: `fidelity.psnr`, `fidelity.psnr_pooled`, `fidelity.ssim`, exact.
 
     Definition: peak signal-to-noise ratio and structural similarity between two videos of one shape.
@@ -24,6 +24,7 @@ def fidelity(video, reference) -> dict[str, float]:
 
     Args:
         video, reference: (T, H, W, 3), uint8 or floats in [0, 1].
+        device: where it is computed; on a GPU with TF32 convolutions off, which round SSIM in the third digit.
 
     Raises:
         ValueError: when T, H or W differ; nothing is cropped in silence.
@@ -44,7 +45,8 @@ def fidelity(video, reference) -> dict[str, float]:
     count = max(1, PIXELS // (shapes[0][1] * shapes[0][2]))
     for start in range(0, len(video), count):
         x, y = (
-            torch.from_numpy(as_float(v[start : start + count]) / 255.0).permute(0, 3, 1, 2) for v in (video, reference)
+            torch.from_numpy(as_float(v[start : start + count]) / 255.0).to(device).permute(0, 3, 1, 2)
+            for v in (video, reference)
         )
         psnr.append(peak_signal_noise_ratio(x, y, data_range=1.0, dim=(1, 2, 3), reduction="none"))
         ssim.append(structural_similarity_index_measure(x, y, data_range=1.0, reduction="none"))
