@@ -1,12 +1,14 @@
 """Figures from the tables of `measure.py`; needs matplotlib, no GPU.
 
-    python kernels/bench/figures.py results/reference/kernels-h200
+    python kernels/bench/figures.py results/reference/kernels-h100
 
-Writes effective_tflops, parts and lengths, as .svg and .png, beside the tables.
+Writes effective_tflops, parts and lengths, as .svg and .png, beside the tables. The floor is drawn where provenance.json has the
+GPU's ceilings.
 """
 
 import argparse
 import csv
+import json
 from pathlib import Path
 
 import matplotlib as mpl
@@ -17,7 +19,6 @@ mpl.rcParams["svg.hashsalt"] = "sla2"  # the same tables give the same file
 COLOURS = {"bf16": "#0072b2", "int8": "#e69f00", "fp8": "#d55e00", "int8-bf16": "#009e73"}
 DENSE = {"fa2": ("FlashAttention2, dense", "#555555", "--"), "cudnn": ("cuDNN, dense", "#999999", ":")}
 PARTS = ("pooling", "routing", "block states", "sum of states", "attention and mixing")
-PEAK_TFLOPS, COPY_TBPS = 709, 4.27  # H200: bf16 matrix product and copy, measured (NOTES.md)
 
 
 def read(path: Path) -> list[dict]:
@@ -29,7 +30,7 @@ def read(path: Path) -> list[dict]:
     return rows
 
 
-def floor_ms(H: float, N: float, D: float, sparsity: float) -> float:
+def floor_ms(ceilings: dict[str, float], H: float, N: float, D: float, sparsity: float) -> float:
     """Least time of the bf16 forward: arithmetic of both branches at the measured matrix rate, beside its traffic of memory.
 
     Traffic: Q, K, V read and O written once, K once more for its mean, h written and read, H written and read.
@@ -37,11 +38,11 @@ def floor_ms(H: float, N: float, D: float, sparsity: float) -> float:
     sparse = 4 * H * N * N * D * (1 - sparsity)
     linear = 2 * H * (N / 128) * (N / 64) * D * D + 4 * H * N * D * D
     traffic = 2 * H * D * (5 * N + 2 * D * (N / 64 + N / 128))
-    return max((sparse + linear) / PEAK_TFLOPS / 1e9, traffic / COPY_TBPS / 1e9)
+    return max((sparse + linear) / ceilings["matmul_tflops"] / 1e9, traffic / ceilings["copy_tbps"] / 1e9)
 
 
-def effective(rows: list[dict], output: Path) -> None:
-    """Effective TFLOP/s against sparsity, with the dense baselines and the floor."""
+def effective(rows: list[dict], ceilings: dict[str, float] | None, output: Path) -> None:
+    """Effective TFLOP/s against sparsity, with the dense baselines and, of a GPU with known ceilings, the floor."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
     for axis, shape in zip(axes, ("1.3B-480p", "14B-720p"), strict=True):
         whole = [r for r in rows if r["shape"] == shape and r["part"] == "whole" and r["pass"] == "forward"]
@@ -53,10 +54,11 @@ def effective(rows: list[dict], output: Path) -> None:
         for precision, colour in COLOURS.items():
             points = sorted((r["sparsity"], r["effective_tflops"]) for r in ours if r["precision"] == precision)
             axis.plot(*zip(*points, strict=True), marker="o", color=colour, label=f"sla2_attention, {precision}")
-        sizes = [ours[0][name] for name in ("H", "N", "D")]
-        grid = [0.85 + i * 0.005 for i in range(25)]
-        dense = 4 * sizes[0] * sizes[1] ** 2 * sizes[2]
-        axis.plot(grid, [dense / floor_ms(*sizes, s) / 1e9 for s in grid], color="black", lw=0.8, label="floor, bf16")
+        if ceilings:
+            H, N, D = (ours[0][name] for name in ("H", "N", "D"))
+            grid = [0.85 + i * 0.005 for i in range(25)]
+            rates = [4 * H * N * N * D / floor_ms(ceilings, H, N, D, s) / 1e9 for s in grid]
+            axis.plot(grid, rates, color="black", lw=0.8, label="floor, bf16")
         axis.set(title=shape, xlabel="sparsity (fraction of key blocks skipped)", yscale="log")
     axes[0].set_ylabel("effective TFLOP/s (4 H N² D / time)")
     figure.legend(
@@ -121,8 +123,9 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="where measurements.csv is and the figures go")
     folder = parser.parse_args().folder
     rows = read(folder / "measurements.csv")
-    for draw in (effective, parts, lengths):
-        draw(rows, folder)
+    effective(rows, json.loads((folder / "provenance.json").read_text()).get("ceilings"), folder)
+    parts(rows, folder)
+    lengths(rows, folder)
 
 
 if __name__ == "__main__":

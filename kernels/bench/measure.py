@@ -1,6 +1,6 @@
 """Time `sla2_attention` and its parts against dense attention and FlexAttention on one GPU.
 
-    PYTHONPATH=kernels python kernels/bench/measure.py --output results/reference/kernels-h200
+    PYTHONPATH=kernels python kernels/bench/measure.py --output results/reference/kernels-h100
 
 Writes measurements.csv (one row a measurement), summary.csv (whole operator at the two shapes of Wan2.1) and provenance.json.
 Every time is of one CUDA graph replay with a cold L2 cache, so launch gaps and Python count for nobody: median, and 20th and
@@ -291,7 +291,17 @@ def write_summary(table: Table, path: Path) -> None:
             writer.writerow([row.shape, f"{row.sparsity:.2f}", row.passes, row.precision, f"{row.ms:.4f}", *ratios])
 
 
-def provenance(commit: str) -> dict[str, str]:
+def ceilings() -> dict[str, float]:
+    """What this GPU reaches at best: a bf16 matrix product of 8192³ in TFLOP/s, and a copy of 2 GiB, read and written, in TB/s."""
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    source = torch.empty(2**31, device="cuda", dtype=torch.uint8)
+    target = torch.empty_like(source)
+    product, copy = (do_bench(call, warmup=50, rep=BUDGET_MS, return_mode="median")
+                     for call in (lambda: a @ b, lambda: target.copy_(source)))  # fmt: skip
+    return {"matmul_tflops": round(2 * 8192**3 / product / 1e9, 1), "copy_tbps": round(2 * 2**31 / copy / 1e9, 3)}
+
+
+def provenance(commit: str) -> dict:
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     return {
         "commit": commit,
@@ -305,6 +315,7 @@ def provenance(commit: str) -> dict[str, str]:
         "utc": datetime.now(UTC).isoformat(timespec="seconds"),
         "timing": "CUDA graph replay, cold L2, median and 20th and 80th percentile",
         "inputs": "random normal bf16, (1, H, N, D) as views of (1, N, H, D)",
+        "ceilings": ceilings(),
     }
 
 
