@@ -69,7 +69,7 @@ def main() -> None:
             encode(lambda: pipeline.to(device), lambda: pipeline.vae.eval())
         else:
             pipeline = build_pipeline(settings, splits["train"].captions)
-            train_vae(pipeline.vae, splits["train"], settings, device, work, log)
+            train_vae(pipeline.vae, splits["train"], splits["heldout"], settings, device, work, log)
             data = encode(lambda: pipeline.to(device), lambda: pipeline.vae)
             train_transformer(pipeline, data["train"], data["heldout"], settings, device, work, log)
             write_folder(place, lambda folder: pipeline.to("cpu").save_pretrained(folder))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from sla2.checkpoint import Checkpoint
 from sla2.flow import flow_losses, generator, heldout_loss
 from sla2.latents import Latents, Stream
+from sla2.progress import say
 from sla2.training import Log, batches, train
 from sla2.wan import compile_blocks
 
@@ -108,8 +109,8 @@ def start_at_identity(transformer: nn.Module) -> None:
         layer.bias.zero_()
 
 
-def train_vae(vae: nn.Module, clips, settings: dict, device: torch.device, folder: Path, log: Log) -> None:
-    """Train the VAE to reconstruct random crops in space and time, then set its latents' mean and standard deviation.
+def train_vae(vae: nn.Module, clips, heldout, settings: dict, device: torch.device, folder: Path, log: Log) -> None:
+    """Train the VAE to reconstruct crops in space and time (`busy_crops`), then set its latents' mean and standard deviation.
 
     L1 plus squared error in [-1, 1], and a light pull of the latents to unit size. Crops have at least two temporal chunks
     beyond the first frame, since the causal convolutions' cache is first filled by the second chunk.
@@ -126,26 +127,72 @@ def train_vae(vae: nn.Module, clips, settings: dict, device: torch.device, folde
     crop_frames = min(9, settings["video"]["frames"])
     checkpoint = Checkpoint(folder, "vae", settings, settings["train"]["checkpoint_every"])
 
-    def crop(frames: Tensor, draw: torch.Generator) -> Tensor:
-        side, (_, length, height, width, _) = v["crop"], frames.shape
-        t, y, x = (
-            int(torch.randint(0, limit + 1, (), generator=draw))
-            for limit in (length - crop_frames, max(0, height - side), max(0, width - side))
-        )
-        return frames[:, t : t + crop_frames, y : y + side, x : x + side]
+    def windows(frames: Tensor, draw: torch.Generator) -> Tensor:
+        """Videos (B, 3, T, side, side) in [-1, 1]."""
+        frames = busy_crops(frames.to(device), crop_frames, v["crop"], draw)
+        return (frames.float() / 127.5 - 1).permute(0, 4, 1, 2, 3)
 
     def loss(step: int) -> Iterator[Tensor]:
         draw = generator(seed, 1, step)
-        frames = crop(clips.batch(order(step)).to(device), draw)
-        video = (frames.float() / 127.5 - 1).permute(0, 4, 1, 2, 3)
+        video = windows(clips.batch(order(step)), draw)
         latents = vae.encode(video).latent_dist.mode()
         noise = torch.randn(latents.shape, generator=draw).to(device)
         # A little noise keeps the decoder smooth around the latents that diffusion will hand it.
         error = vae.decode(latents + 0.05 * noise).sample - video
         yield error.abs().mean() + error.square().mean() + 1e-4 * latents.square().mean()
 
-    train("vae", "base_model vae", vae, [optimizer], loss, v["steps"], checkpoint, log, warmup=10, clip=10.0)
+    @torch.no_grad()
+    def validate(step: int) -> None:
+        video = windows(heldout.batch(list(range(min(16, len(heldout))))), generator(seed, 5))
+        error = vae.decode(vae.encode(video).latent_dist.mode()).sample.clamp(-1, 1) - video
+        log.add(step, "vae", "heldout", "loss", float(error.abs().mean() + error.square().mean()))
+        say(f"base_model vae: held-out windows at {-10 * float((error / 2).square().mean().log10()):.1f} dB")
+
+    train(
+        "vae",
+        "base_model vae",
+        vae,
+        [optimizer],
+        loss,
+        v["steps"],
+        checkpoint,
+        log,
+        warmup=10,
+        clip=10.0,
+        validate=validate,
+        validate_every=max(1, v["steps"] // 5),
+    )
     set_latent_statistics(vae.eval(), clips, device)
+
+
+def busy_crops(frames: Tensor, length: int, side: int, draw: torch.Generator) -> Tensor:
+    """A window of each clip: of four drawn at random, the one that differs most from the clip's mean colour.
+
+    Ground fills most of a frame. A VAE that saw windows as they came drew everything that was not orange or yellow in grey.
+
+    Args:
+        frames: uint8 (B, T, H, W, 3).
+        length, side: of the window, in frames and pixels; a clip that is smaller gives all it has.
+
+    Returns:
+        uint8 (B, length, side, side, 3).
+    """
+    limits = frames.shape[1:4]
+    sizes = [min(size, limit) for size, limit in zip((length, side, side), limits, strict=True)]
+    clip = torch.arange(len(frames), device=frames.device)
+    choices = [
+        torch.randint(0, limit - size + 1, (len(frames), 4), generator=draw).to(frames.device)
+        for limit, size in zip(limits, sizes, strict=True)
+    ]
+    pixels = frames.float()
+    contrast = (pixels - pixels.mean((1, 2, 3), keepdim=True)).abs().mean((1, 4))
+    contrast = nn.functional.avg_pool2d(contrast[:, None], sizes[1:], stride=1)[:, 0]
+    best = contrast[clip[:, None], choices[1], choices[2]].argmax(1)
+    t, y, x = (
+        start[clip, best][:, None] + torch.arange(size, device=frames.device)
+        for start, size in zip(choices, sizes, strict=True)
+    )
+    return frames[clip[:, None, None, None], t[:, :, None, None], y[:, None, :, None], x[:, None, None, :]]
 
 
 @torch.no_grad()

@@ -6,10 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from sla2 import base_model, data, small_wan
 from sla2.config import as_argument, load_study
 from sla2.files import sha256_folder
+from sla2.flow import generator
 
 STUDY = load_study(Path(__file__).parent / "workflow/micro.yaml")
 
@@ -48,3 +50,16 @@ def test_weights_without_their_latents_are_taken_up_again(step, tmp_path, monkey
         assert sha256_folder(latents, "*.safetensors") == encoded
         with pytest.raises(TypeError):
             step(seed=1)  # other settings are trained
+
+
+def test_the_vae_sees_what_stands_out():
+    frames = torch.full((16, 9, 48, 64, 3), 90, dtype=torch.uint8)
+    frames[:, :, 30:40, 40:50] = torch.tensor([20, 60, 220], dtype=torch.uint8)
+    crops = small_wan.busy_crops(frames, 5, 16, generator(1))
+    assert crops.shape == (16, 5, 16, 16, 3)
+    assert torch.equal(crops, small_wan.busy_crops(frames, 5, 16, generator(1)))
+    shown = (crops[..., 2] == 220).flatten(1).any(1).float().mean()
+    evenly = ((48 - 15) * (64 - 15)) / ((10 + 15) * (10 + 15))  # windows for each one that shows some of it
+    assert shown > 0.6 > 1 / evenly
+    whole = small_wan.busy_crops(frames, 20, 99, generator(1))
+    assert torch.equal(whole, frames)
