@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from sla2.checkpoint import Checkpoint
 from sla2.flow import flow_losses, generator, heldout_loss
 from sla2.latents import Latents, Stream
+from sla2.muon import BatchedMuon
 from sla2.progress import say
 from sla2.training import Log, batches, train
 from sla2.wan import compile_blocks
@@ -252,7 +253,7 @@ def transformer_optimizers(transformer: nn.Module, settings: dict) -> list[torch
     others = [p for p in transformer.parameters() if id(p) not in chosen]
     decay = settings["weight_decay"]
     return [
-        torch.optim.Muon(matrices, lr=settings["lr_matrices"], weight_decay=decay),
+        BatchedMuon(matrices, lr=settings["lr_matrices"], weight_decay=decay),
         torch.optim.AdamW(
             others, lr=settings["lr"], betas=(0.9, 0.99), weight_decay=decay, fused=others[0].is_cuda or None
         ),

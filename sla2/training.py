@@ -145,7 +145,7 @@ def update(
 ) -> Tensor:
     """One optimiser step on the sum of the parts, whose gradients are summed.
 
-    Nothing here waits for a GPU: Muon starts a thousand small kernels, which it can do while the backward pass still runs.
+    Nothing here waits for a GPU: the optimisers start their many small kernels while the backward pass still runs.
 
     Args:
         parts: losses, each formed when its turn comes, so that one part's activations are in memory at a time.
