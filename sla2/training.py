@@ -197,7 +197,7 @@ class Later:
 def patient(team: Team | None) -> Iterator[Callable[[], bool]]:
     """Ctrl-C waits for the end of the step, which asks for it by the function given here; a second one does not wait.
 
-    Processes of a team stop as before: they would not all stop at the same step.
+    Processes of a team stop as before: they would not all stop at the same step. Where Ctrl-C is ignored, as under nohup, it stays so.
     """
     asked = []
 
@@ -205,8 +205,8 @@ def patient(team: Team | None) -> Iterator[Callable[[], bool]]:
         asked.append(number)
         signal.signal(signal.SIGINT, former)
 
-    alone = team is None or team.size == 1
-    if not alone or threading.current_thread() is not threading.main_thread():
+    alone = (team is None or team.size == 1) and threading.current_thread() is threading.main_thread()
+    if not alone or signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         yield lambda: False
         return
     former = signal.signal(signal.SIGINT, note)

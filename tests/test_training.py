@@ -1,6 +1,5 @@
 """The training loop: a run that is killed half-way and resumed equals an uninterrupted one, bit for bit."""
 
-import os
 import signal
 
 import pytest
@@ -48,12 +47,21 @@ def test_resumed_run_equals_an_uninterrupted_one(tmp_path, kill_at):
         assert torch.equal(found[name], tensor), name
 
 
+@pytest.fixture
+def keyboard():
+    """Ctrl-C as at a terminal; where tests run in the background it is ignored."""
+    former = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, former)
+
+
 def press_ctrl_c(step, when):
     if step == when:
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)  # to this thread, so that two of them do not become one
     return 0.0
 
 
+@pytest.mark.usefixtures("keyboard")
 def test_ctrl_c_keeps_the_step_that_it_finds(tmp_path):
     expected, expected_log = run(tmp_path / "a")
     begun, before = [], signal.getsignal(signal.SIGINT)
@@ -67,6 +75,17 @@ def test_ctrl_c_keeps_the_step_that_it_finds(tmp_path):
         assert torch.equal(found[name], tensor), name
 
 
+def test_an_ignored_ctrl_c_stays_ignored(tmp_path):
+    former = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        expected, _ = run(tmp_path / "a")
+        found, _ = run(tmp_path / "b", at=lambda step: press_ctrl_c(step, 6))
+    finally:
+        signal.signal(signal.SIGINT, former)
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.usefixtures("keyboard")
 def test_a_second_ctrl_c_does_not_wait(tmp_path):
     def at(step):
         press_ctrl_c(step, 6)
