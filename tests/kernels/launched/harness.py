@@ -14,6 +14,7 @@ from sla2_kernels import reference
 
 # The kernels' chain in fp32 beside plain torch's: scale, log M, maximum, exponent, L to base e and back, D, block sum.
 FP32_ROUNDINGS = 8
+CANCELLING = {"dlog_mask": 4}  # a sum of differences, P (dP - delta): what cancels takes part of the digits with it
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -119,11 +120,14 @@ def distance(a: Tensor, b: Tensor) -> float:
 
 def assert_as_good_as_plain(found, plain, exact, names, dtype, slack: float = 2.0) -> None:
     """Each tensor's error against `exact` is at most `slack` times that of `plain`, plus the rounding of the dtype."""
-    floor = (torch.finfo(dtype).eps if dtype != torch.float32 else 0) + FP32_ROUNDINGS * torch.finfo(torch.float32).eps
+    floor = torch.finfo(dtype).eps if dtype != torch.float32 else 0
     for name, a, p, e in zip(names, found, plain, exact, strict=True):
         assert a.isfinite().all(), f"{name} is not finite"
         ours, theirs = distance(a, e), distance(p, e)
-        assert ours <= slack * theirs + floor, f"{name}: error {ours:.2e}, plain torch {theirs:.2e} in {dtype}"
+        rounding = FP32_ROUNDINGS * CANCELLING.get(name, 1) * torch.finfo(torch.float32).eps
+        assert ours <= slack * theirs + floor + rounding, (
+            f"{name}: error {ours:.2e}, plain torch {theirs:.2e} in {dtype}"
+        )
 
 
 def assert_errs_like_oracle(
