@@ -5,7 +5,8 @@
         [--trained results/S/stage2/V/seed0 ...] --judge results/S/score/judge --prompts TSV --output results/S/score/V.csv
 
 All training seeds are scored in one process, as many videos at a time as it has threads: importing the metric libraries costs
-more than using them, which mostly runs outside of Python. Metrics are computed on the lossless frames. What has no value is a row with the reason, so that no table can average over it in silence.
+more than using them, which mostly runs outside of Python. Metrics are computed on the lossless frames. What has no value is a
+row with the reason, so that no table can average over it in silence.
 """
 
 import argparse
