@@ -51,6 +51,25 @@ def test_a_gpu_is_held_by_one_job_and_what_is_not_needed_is_let_go(tmp_path, mon
         device.lock_gpus(4)
 
 
+def test_jobs_that_share_fill_the_emptiest_gpu_and_none_that_is_held_alone(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(device.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(device.torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(device, "_LOCKS", [])
+    assert device.lock_gpus(1) == [0]
+    assert [device.share_gpu(2) for _ in range(3)] == [1, 2, 1]
+    # The last place goes; then a job waits until the second, on GPU 2, ends: its two locks are the fourth and fifth that were taken.
+    assert device.share_gpu(2) == 2
+    monkeypatch.setattr(device.time, "sleep", lambda _: [device._LOCKS.pop(3).close() for _ in range(2)])
+    assert device.share_gpu(2) == 2
+    assert "every GPU has 2 jobs of ours" in capsys.readouterr().err
+
+
+def test_a_number_of_jobs_that_is_none_is_refused(monkeypatch):
+    monkeypatch.setenv("SLA2_JOBS_PER_GPU", "many")
+    with pytest.raises(UserError, match="SLA2_JOBS_PER_GPU: 'many' is not a number of jobs"):
+        device.jobs_per_gpu()
+
+
 def test_nodes_without_slurm_are_refused(monkeypatch):
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     with pytest.raises(UserError, match="several nodes need a Slurm job"):

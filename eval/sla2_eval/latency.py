@@ -62,7 +62,7 @@ def main() -> None:
     chosen = {row["variant"] for row in args.settings["variants"]}
     sheet = {name: row for name, row in read_variants(args.variants).items() if name in chosen}
     base = BaseModel.read(args.base)
-    device = claim_device(args.settings)
+    device = claim_device(args.settings, alone=True)
     refuse_shared_gpu(device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     attention = AttentionSettings(**args.settings["attention"])
