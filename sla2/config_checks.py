@@ -149,6 +149,13 @@ def _training(study: Study) -> Failures:
     for key, schedule in {"stage2": stage2, "base_model.train": model.get("train"), **own}.items():
         if schedule and schedule["warmup"] > schedule["steps"]:
             yield f"{key}.warmup", f"{schedule['warmup']} is longer than the {schedule['steps']} steps; choose fewer"
+    train = model.get("train")
+    if train and 0 < train["images"]["steps"] < train["warmup"]:
+        steps, warmup = train["images"]["steps"], train["warmup"]
+        yield (
+            "base_model.train.images.steps",
+            f"{steps} is fewer than the warm-up of {warmup}; give more, or 0 for none",
+        )
 
 
 def _score(study: Study) -> Failures:

@@ -143,6 +143,15 @@ class Latents:
             texts.append(self._text(f"text-{shard:05d}", place))
         return torch.stack(latents), torch.stack(texts)
 
+    def first_frames(self) -> tuple[Tensor, Tensor]:
+        """Latents (clips, C, 1, h, w) of the first frame of every clip, which the VAE codes as an image, and text embeddings (clips, L, D)."""
+        latents, texts = [], []
+        for number, part in enumerate(_shards(len(self))):
+            with safe_open(self.folder / f"{number:05d}.safetensors", framework="pt") as file:
+                latents.append(file.get_slice("latents")[:, :, :1])
+            texts += [self._text(f"text-{number:05d}", place) for place in range(len(part))]
+        return torch.cat(latents), torch.stack(texts)
+
 
 class Ahead:
     """Results of `read(step)`, the next one formed by a thread while this one is in use.

@@ -1,17 +1,24 @@
-"""Muon for models of many small matrices."""
+"""Muon for models of many small matrices, and for convolutions."""
 
+import inspect
 import math
 
 import torch
 from torch import Tensor
 
 
-class BatchedMuon(torch.optim.Muon):
-    """`torch.optim.Muon`, whose settings and state it has, with all matrices of one shape orthogonalised together.
+class BatchedMuon(torch.optim.Optimizer):
+    """`torch.optim.Muon`, whose settings and state it has, for matrices and convolution kernels, those of one shape orthogonalised together.
 
-    torch takes them one by one, in bf16 everywhere: on a GPU 1,500 kernels a step of mini's base model, which take the processor
-    longer to start than the GPU to run, and on a CPU without bf16 instructions forty times as long as fp32. Here a CPU computes in fp32.
+    torch takes matrices only, one by one, in bf16 everywhere: on a GPU 1,500 kernels a step of mini's base model, which take the
+    processor longer to start than the GPU to run, and on a CPU without bf16 instructions forty times as long as fp32. Here a CPU computes
+    in fp32. A kernel is the matrix of its output channels by all else.
     """
+
+    def __init__(self, params, lr: float, weight_decay: float = 0.1) -> None:
+        torchs = inspect.signature(torch.optim.Muon).parameters
+        defaults = {name: option.default for name, option in torchs.items() if name != "params"}
+        super().__init__(params, defaults | {"lr": lr, "weight_decay": weight_decay})
 
     @torch.no_grad()
     def step(self) -> None:
@@ -21,15 +28,17 @@ class BatchedMuon(torch.optim.Muon):
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     shapes.setdefault(parameter.shape, []).append(parameter)
-            for (rows, columns), parameters in shapes.items():
+            for shape, parameters in shapes.items():
                 grads = [p.grad for p in parameters]
                 momenta = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in parameters]
                 torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
                 moves = torch._foreach_lerp(grads, momenta, group["momentum"]) if group["nesterov"] else momenta
-                moves = orthogonal(torch.stack(moves), group["ns_coefficients"], group["ns_steps"], group["eps"])
+                matrices = torch.stack(moves).flatten(2)
+                matrices = orthogonal(matrices, group["ns_coefficients"], group["ns_steps"], group["eps"])
                 torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-                rate = group["lr"] * math.sqrt(max(1, rows / columns))
-                torch._foreach_add_(parameters, list(moves.to(parameters[0].dtype)), alpha=-rate)
+                rate = group["lr"] * math.sqrt(max(1, matrices.shape[1] / matrices.shape[2]))
+                moves = matrices.unflatten(2, shape[1:]).to(parameters[0].dtype)
+                torch._foreach_add_(parameters, list(moves), alpha=-rate)
 
 
 def orthogonal(x: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:

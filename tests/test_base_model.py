@@ -52,6 +52,23 @@ def test_weights_without_their_latents_are_taken_up_again(step, tmp_path, monkey
             step(seed=1)  # other settings are trained
 
 
+def test_training_begins_with_images_and_goes_on_with_what_they_taught(step, tmp_path):
+    train = STUDY.config["base_model"]["train"] | {"lr": 1e-2, "ema": 0, "steps": 2}
+    logs = {}
+    for steps in (0, 60):
+        step(train=train | {"images": {"steps": steps, "batch": 8}})
+        rows = [line.split(",") for line in (tmp_path / "base_model/log.csv").read_text().splitlines()[1:]]
+        logs[steps] = {(phase, split): [] for _, phase, split, _, _ in rows}
+        for _, phase, split, metric, value in rows:
+            if metric == "loss":
+                logs[steps][phase, split].append(float(value))
+    assert ("images", "train") not in logs[0]
+    losses = logs[60]["images", "train"]
+    assert losses[-1] < 0.5 * losses[0]
+    heldout = {steps: log["transformer", "heldout"][0] for steps, log in logs.items()}
+    assert heldout[60] == logs[60]["images", "heldout"][-1] != heldout[0]
+
+
 def test_the_vae_sees_what_stands_out():
     frames = torch.full((16, 9, 48, 64, 3), 90, dtype=torch.uint8)
     frames[:, :, 30:40, 40:50] = torch.tensor([20, 60, 220], dtype=torch.uint8)

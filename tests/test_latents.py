@@ -81,6 +81,14 @@ def test_every_clip_is_found_in_its_shard_with_its_padded_caption(cache):
     assert torch.equal(data.empty_text, Text().encode_prompt([""], False, 8, CPU)[0].float())
 
 
+def test_first_frames_are_those_of_the_clips(cache):
+    data = Latents(cache)
+    images, texts = data.first_frames()
+    latents, text = data.batch(list(range(150)))
+    assert torch.equal(images, latents[:, :, :1])
+    assert torch.equal(texts, text)
+
+
 def test_padding_is_not_stored(cache):
     assert (cache / "text-00000.safetensors").stat().st_size < 64 * 8 * 2 * 2
 

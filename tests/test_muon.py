@@ -46,3 +46,17 @@ def test_a_state_goes_on_in_another_optimizer():
     first.step()
     second.step()
     assert torch.equal(parameters[0], copies[0])
+
+
+def test_a_kernel_is_taken_as_the_matrix_of_its_output_channels():
+    draw = torch.Generator().manual_seed(2)
+    kernels = [nn.Parameter(torch.randn(8, 4, 1, 3, 3, generator=draw)) for _ in range(2)]
+    matrices = [nn.Parameter(kernel.detach().flatten(1).clone()) for kernel in kernels]
+    optimizers = BatchedMuon(kernels, lr=0.02), BatchedMuon(matrices, lr=0.02)
+    for kernel, matrix in zip(kernels, matrices, strict=True):
+        kernel.grad = torch.randn(kernel.shape, generator=draw)
+        matrix.grad = kernel.grad.flatten(1)
+    for optimizer in optimizers:
+        optimizer.step()
+    for kernel, matrix in zip(kernels, matrices, strict=True):
+        assert torch.equal(kernel.flatten(1), matrix)

@@ -77,6 +77,7 @@ IMPOSSIBLE = [
     ({"base_model.pretrained": "./weights"}, "base_model.vae", ["./weights", "remove one"]),
     ({"base_model.train": ABSENT}, "base_model", ["train", "missing", "add it"]),
     ({"base_model.train.warmup": 999999}, "base_model.train.warmup", ["999999", "longer", "fewer"]),
+    ({"base_model.train.images": {"steps": 9}}, "base_model.train.images.steps", ["9", "30", "0 for none"]),
     ({"data.video.height": 72}, "data.video.height", ["72", "16", "64"]),
     ({"data.video.width": 40}, "data.video.width", ["40", "16", "32"]),
     ({"data.video.frames": 18}, "data.video.frames", ["18", "2 k + 1", "17"]),
