@@ -138,8 +138,8 @@ def train_vae(vae: nn.Module, clips, heldout, settings: dict, device: torch.devi
         video = windows(clips.batch(order(step)), draw)
         latents = vae.encode(video).latent_dist.mode()
         noise = torch.randn(latents.shape, generator=draw).to(device)
-        # A little noise keeps the decoder smooth around the latents that diffusion will hand it.
-        error = vae.decode(latents + 0.05 * noise).sample - video
+        # Noise keeps the decoder smooth around the latents that diffusion will hand it.
+        error = vae.decode(latents + 0.2 * noise).sample - video
         yield error.abs().mean() + error.square().mean() + 1e-4 * latents.square().mean()
 
     @torch.no_grad()
