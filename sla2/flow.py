@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor, nn
 
-from sla2.latents import Latents
+from sla2.latents import Images, Latents, sent
 from sla2.team import Team, bare
 
 TRAIN_TIMESTEPS = 1000
@@ -105,11 +105,6 @@ def flow_losses(
         yield (found - wanted).square().mean() * (len(wanted) / count)
 
 
-def sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """A small tensor of the CPU on the device, without waiting for what a GPU still computes."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
-
-
 def draw_noise(shape: torch.Size, seeds: list[int], device: torch.device) -> Tensor:
     """Standard normal noise (B, *shape), of each clip by its seed; a GPU's numbers are not a CPU's."""
     if device.type == "cuda":
@@ -129,7 +124,7 @@ def compute_dtype(device: torch.device) -> torch.autocast:
 @torch.no_grad()
 def heldout_loss(
     transformer: nn.Module,
-    heldout: Latents,
+    heldout: Latents | Images,
     shift: float,
     device: torch.device,
     micro_batch: int = 0,

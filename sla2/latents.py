@@ -143,14 +143,26 @@ class Latents:
             texts.append(self._text(f"text-{shard:05d}", place))
         return torch.stack(latents), torch.stack(texts)
 
-    def first_frames(self) -> tuple[Tensor, Tensor]:
-        """Latents (clips, C, 1, h, w) of the first frame of every clip, which the VAE codes as an image, and text embeddings (clips, L, D)."""
+
+class Images:
+    """First frames of a split's clips, which the VAE codes as images, held on a device: `batch` and `empty_text` as of `Latents`."""
+
+    def __init__(self, data: Latents, device: torch.device) -> None:
         latents, texts = [], []
-        for number, part in enumerate(_shards(len(self))):
-            with safe_open(self.folder / f"{number:05d}.safetensors", framework="pt") as file:
+        for number, part in enumerate(_shards(len(data))):
+            with safe_open(data.folder / f"{number:05d}.safetensors", framework="pt") as file:
                 latents.append(file.get_slice("latents")[:, :, :1])
-            texts += [self._text(f"text-{number:05d}", place) for place in range(len(part))]
-        return torch.cat(latents), torch.stack(texts)
+            texts += [data._text(f"text-{number:05d}", place) for place in range(len(part))]
+        self.latents, self.texts = torch.cat(latents).to(device), torch.stack(texts).to(device)
+        self.empty_text = data.empty_text
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    def batch(self, indices: list[int]) -> tuple[Tensor, Tensor]:
+        """Latents (B, C, 1, h, w) and text embeddings (B, L, D) of these clips, on the device."""
+        chosen = sent(torch.tensor(indices), self.latents.device)
+        return self.latents[chosen], self.texts[chosen]
 
 
 class Ahead:
@@ -197,3 +209,8 @@ class Stream:
     def waited_s(self) -> float:
         """Seconds that callers have waited for data so far."""
         return self.ahead.waited_s
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A small tensor of the CPU on the device, without waiting for what a GPU still computes."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

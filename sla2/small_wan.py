@@ -4,15 +4,15 @@ The text encoder keeps its random weights: a pre-norm T5 passes token identity o
 that captions of a small grammar need, and the transformer's cross-attention learns to read it.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from sla2.checkpoint import Checkpoint
-from sla2.flow import flow_losses, generator, heldout_loss, sent
-from sla2.latents import Latents, Stream
+from sla2.flow import flow_losses, generator, heldout_loss
+from sla2.latents import Images, Latents, Stream
 from sla2.muon import BatchedMuon
 from sla2.progress import say
 from sla2.training import Log, batches, train
@@ -220,15 +220,17 @@ def train_transformer(
     matrices = [p for p in transformer.blocks.parameters() if p.ndim == 2]
     empty = data.empty_text.to(device)
 
-    def phase(name: str, batch: Callable, number: int, steps: int, waited_s: Callable[[], float]) -> None:
-        """Train on `batch(step)`: latents and text embeddings."""
+    def phase(
+        name: str, number: int, steps: int, batch: Callable, held: Latents | Images, waited_s: Callable[[], float]
+    ) -> None:
+        """Train on `batch(step)`, latents and text embeddings, and validate on `held`."""
 
         def loss(step: int) -> Iterator[Tensor]:
             draw = generator(seed, number, step)
             yield from flow_losses(transformer, *batch(step), empty, settings["flow_shift"], draw, t["caption_dropout"])
 
         def validate(step: int) -> None:
-            value = heldout_loss(transformer, heldout, settings["flow_shift"], device)
+            value = heldout_loss(transformer, held, settings["flow_shift"], device)
             log.add(step, name, "heldout", "loss", value)
 
         train(
@@ -247,17 +249,11 @@ def train_transformer(
             waited_s=waited_s,
         )
 
-    if t["images"]["steps"]:
-        latents, texts = (x.to(device) for x in data.first_frames())
-        order = batches(len(data), t["images"]["batch"], seed + 1)
-
-        def images(step: int) -> Sequence[Tensor]:
-            chosen = sent(torch.tensor(order(step)), device)
-            return latents[chosen], texts[chosen]
-
-        phase("images", images, 8, t["images"]["steps"], lambda: 0.0)
+    if steps := t["images"]["steps"]:
+        images, order = Images(data, device), batches(len(data), t["images"]["batch"], seed + 1)
+        phase("images", 8, steps, lambda step: images.batch(order(step)), Images(heldout, device), lambda: 0.0)
     stream = Stream(data, batches(len(data), t["batch"], seed), t["steps"], device)
-    phase("transformer", stream, 2, t["steps"], stream.waited_s)
+    phase("transformer", 2, t["steps"], stream, heldout, stream.waited_s)
     transformer.eval()
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sla2 import latents
-from sla2.latents import Ahead, Latents, Stream, encode_clips, encode_texts
+from sla2.latents import Ahead, Images, Latents, Stream, encode_clips, encode_texts
 
 
 class Clips:
@@ -81,12 +81,15 @@ def test_every_clip_is_found_in_its_shard_with_its_padded_caption(cache):
     assert torch.equal(data.empty_text, Text().encode_prompt([""], False, 8, CPU)[0].float())
 
 
-def test_first_frames_are_those_of_the_clips(cache):
+def test_images_are_the_first_frames_of_the_clips(cache):
     data = Latents(cache)
-    images, texts = data.first_frames()
-    latents, text = data.batch(list(range(150)))
-    assert torch.equal(images, latents[:, :, :1])
-    assert torch.equal(texts, text)
+    images, chosen = Images(data, CPU), [149, 0, 64]
+    assert len(images) == 150
+    latents, text = data.batch(chosen)
+    found, of_images = images.batch(chosen)
+    assert torch.equal(found, latents[:, :, :1])
+    assert torch.equal(of_images, text)
+    assert torch.equal(images.empty_text, data.empty_text)
 
 
 def test_padding_is_not_stored(cache):
