@@ -171,7 +171,11 @@ def test_low_bit_sums_of_many_blocks_have_no_bias(precision):
     v[:] = 3.0
     mask = torch.ones(case.grid, dtype=torch.bool, device=DEVICE)
     out, _ = sparse_attention(q, k, v, mask, precision=precision, **case.blocks, **TRITON)
-    assert (out - 3).abs().max() < 0.03
+    error = out.double() - 3
+    print(f"mean {float(error.mean()):.5f}, largest {float(error.abs().max()):.4f}")
+    # P is rounded to e4m3 and the sum that divides is not, so a row may err by 2^-4 where one key has all the weight, either way.
+    assert error.abs().max() < 3 * 2**-4
+    assert error.mean().abs() < 0.02
 
 
 @pytest.mark.parametrize("precision", ["int8-bf16", "int8"])
