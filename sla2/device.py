@@ -84,20 +84,26 @@ def lock_gpus(count: int) -> list[int]:
 def share_gpu(jobs: int) -> int:
     """Index of the GPU with the fewest jobs of ours on it, of at most `jobs` each; held until this process ends; waits for a place."""
     with _taking() as folder:
-        waits = False
-        while True:
-            for place, index in itertools.product(range(jobs), range(torch.cuda.device_count())):
-                gpu = _lock(folder / str(index), fcntl.LOCK_SH)
-                share = _lock(folder / f"{index}.{place}") if gpu else None
-                if share:
-                    _LOCKS.extend([gpu, share])
-                    return index
-                if gpu:
-                    gpu.close()
-            if not waits:
-                say(f"every GPU has {jobs} jobs of ours; waiting for a place")
-            waits = True
+        index = _place(folder, jobs)
+        if index is None:
+            say(f"every GPU has {jobs} jobs of ours; waiting for a place")
+        while index is None:
             time.sleep(0.2)
+            index = _place(folder, jobs)
+        return index
+
+
+def _place(folder: Path, jobs: int) -> int | None:
+    """Index of the GPU on which this process has taken one of `jobs` places, first places first; None where all are taken."""
+    for place, index in itertools.product(range(jobs), range(torch.cuda.device_count())):
+        gpu = _lock(folder / str(index), fcntl.LOCK_SH)
+        share = _lock(folder / f"{index}.{place}") if gpu else None
+        if share:
+            _LOCKS.extend([gpu, share])
+            return index
+        if gpu:
+            gpu.close()
+    return None
 
 
 @contextmanager

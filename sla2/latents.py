@@ -133,13 +133,13 @@ class Latents:
             text = file.get_slice("text")[ends[place] : ends[place + 1]].float()
         return torch.nn.functional.pad(text, (0, 0, 0, self.text_length - len(text)))
 
-    def batch(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        """Latents and text embeddings of these clips."""
+    def batch(self, indices: list[int], frames: int | None = None) -> tuple[Tensor, Tensor]:
+        """Latents and text embeddings of these clips, of their first latent frames only where a number of them is given."""
         latents, texts = [], []
         for index in indices:
             shard, place = divmod(index, self.shard_clips)
             with safe_open(self.folder / f"{shard:05d}.safetensors", framework="pt") as file:
-                latents.append(file.get_slice("latents")[place])
+                latents.append(file.get_slice("latents")[place, :, :frames])
             texts.append(self._text(f"text-{shard:05d}", place))
         return torch.stack(latents), torch.stack(texts)
 
@@ -148,12 +148,7 @@ class Images:
     """First frames of a split's clips, which the VAE codes as images, held on a device: `batch` and `empty_text` as of `Latents`."""
 
     def __init__(self, data: Latents, device: torch.device) -> None:
-        latents, texts = [], []
-        for number, part in enumerate(_shards(len(data))):
-            with safe_open(data.folder / f"{number:05d}.safetensors", framework="pt") as file:
-                latents.append(file.get_slice("latents")[:, :, :1])
-            texts += [data._text(f"text-{number:05d}", place) for place in range(len(part))]
-        self.latents, self.texts = torch.cat(latents).to(device), torch.stack(texts).to(device)
+        self.latents, self.texts = (x.to(device) for x in data.batch(list(range(len(data))), frames=1))
         self.empty_text = data.empty_text
 
     def __len__(self) -> int:
