@@ -56,7 +56,7 @@ def main() -> None:
     absent = [name for name in args.rows if name not in study.variants]
     if absent:
         raise UserError(f"--rows: {', '.join(absent)} not of this study; choose some of {', '.join(study.variants)}")
-    device = claim_device(study.section("stage2"))
+    device = claim_device(study.section("stage2"), alone=True)
     write_provenance(args.output, study.section("stage2"), size=args.size)
     rows = []
     for name in (*DENSE, *args.rows):

@@ -174,7 +174,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="CSV file")
     args = parser.parse_args()
     deadline = time.monotonic() + args.budget_s
-    device = claim_device({"device": args.device, "threads": 1})
+    device = claim_device({"device": args.device, "threads": 1}, alone=True)
     cv2.setNumThreads(1)
     rows = []
     write_provenance(args.output, {"size": SIZE, "fps": FPS, "device": args.device})

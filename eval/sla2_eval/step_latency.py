@@ -411,7 +411,7 @@ def main() -> None:
     args = parser.parse_args()
     device = torch.device("cuda", 0)
     refuse_shared_gpu(device)
-    device = claim_device({"device": "cuda"})
+    device = claim_device({"device": "cuda"}, alone=True)
     table = Table(args.output)
     settings = AttentionSettings(backend="triton")
     write_provenance(
