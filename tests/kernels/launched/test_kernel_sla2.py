@@ -173,8 +173,8 @@ def test_low_bit_sums_of_many_blocks_have_no_bias(precision):
     out, _ = sparse_attention(q, k, v, mask, precision=precision, **case.blocks, **TRITON)
     error = out.double() - 3
     print(f"mean {float(error.mean()):.5f}, largest {float(error.abs().max()):.4f}")
-    # P is rounded to e4m3 and the sum that divides is not, so a row may err by 2^-4 where one key has all the weight, either way.
-    assert error.abs().max() < 3 * 2**-4
+    # P is rounded to e4m3 and the sum that divides is not, so single rows err by two steps of bf16, in one run of six; four are allowed.
+    assert error.abs().max() < 0.0625
     assert error.mean().abs() < 0.02
 
 
