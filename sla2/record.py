@@ -186,16 +186,17 @@ def _versions() -> dict[str, str]:
 
 
 def _git_state() -> dict:
-    """Commit and dirty flag of the checkout that this package runs from; of a copy without one, what SLA2_COMMIT says, or nothing."""
+    """Commit and dirty flag of the checkout that this package runs from, unless SLA2_COMMIT says of which commit these files are a copy."""
+    if os.environ.get("SLA2_COMMIT"):
+        return {"commit": os.environ["SLA2_COMMIT"], "dirty": None}
     here = Path(__file__).resolve().parent
-    told = {"commit": os.environ["SLA2_COMMIT"], "dirty": None} if os.environ.get("SLA2_COMMIT") else {}
     try:
         commit = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
         if commit.returncode:
-            return told
+            return {}
         status = subprocess.run(
             ["git", "-C", here, "status", "--porcelain"], capture_output=True, text=True, check=False
         )
     except FileNotFoundError:
-        return told
+        return {}
     return {"commit": commit.stdout.strip(), "dirty": bool(status.stdout.strip())}
