@@ -39,6 +39,13 @@ DIRECTIONS = {
     "still": (0.0, 0.0),
 }
 TURNS = {"clockwise": 1, "counterclockwise": -1}
+OPPOSITES = {
+    name: other
+    for words in (DIRECTIONS, {name: (turn, 0) for name, turn in TURNS.items()})
+    for name, (x, y) in words.items()
+    for other, there in words.items()
+    if there == (-x, -y)
+}
 # What each attribute can be. `second_` before a name of SUBJECT speaks of the second shape.
 SUBJECT = {
     "color": list(COLORS),
@@ -92,6 +99,19 @@ def caption(words: dict) -> str:
     if words.get("pan", "none") != "none":
         parts.append(f"the camera pans {words['pan']}")
     return ", ".join(parts)
+
+
+def played_backwards(words: dict) -> dict | None:
+    """Words of the same clip with its frames in reverse order; None where they cannot be told from the words.
+
+    What bounces names the direction that it started in, which is not the opposite of the one that it ends in.
+    """
+    if words.get("bounces") or words.get("second_bounces"):
+        return None
+    return {
+        name: OPPOSITES.get(word, word) if name.endswith(("direction", "rotation", "pan")) else word
+        for name, word in words.items()
+    }
 
 
 def _clause(words: dict) -> str:

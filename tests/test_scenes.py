@@ -148,6 +148,15 @@ def test_captions_use_the_vocabulary_and_name_what_is_unusual():
         assert scene["shapes"][0]["color"] in text
 
 
+def test_a_clip_played_backwards_has_a_caption_of_its_own():
+    words = {"color": "red", "shape": "circle", "direction": "up-right", "rotation": "clockwise", "pan": "left"}
+    words |= {"second_color": "blue", "second_shape": "star", "second_direction": "still"}
+    turned = grammar.played_backwards(words)
+    assert turned == words | {"direction": "down-left", "rotation": "counterclockwise", "pan": "right"}
+    assert grammar.played_backwards(turned) == words
+    assert grammar.played_backwards(words | {"second_bounces": True}) is None, "it ends in another direction"
+
+
 def test_swapping_a_word_changes_only_that_word():
     words = {"color": "red", "shape": "circle", "direction": "right"}
     assert grammar.caption(words) == "a red circle moves right"

@@ -3,7 +3,8 @@
     python -m sla2_eval.judge --settings '<JSON>' --data results/tiny/data --output results/tiny/score/judge
 
 The image tower sees storyboards, so order and direction are visible. Every batch holds, beside its captions, each caption with one
-attribute exchanged: such a hard negative can only be told from the truth by that attribute. Equal captions share the target.
+attribute exchanged: such a hard negative can only be told from the truth by that attribute. Equal captions share the target. Half of the
+clips are played backwards, with the caption of that: else directions are learnt by heart, clip by clip.
 The trained judge is frozen; forced-choice accuracy per attribute on held-out clips is its gate, and a metric whose gate fails is
 reported as not available.
 """
@@ -61,10 +62,14 @@ def train(
     progress = bar(steps, "judge")
     for step in progress:
         chosen = draw.sample(range(len(words)), min(settings["batch"], len(words)))
-        own = [grammar.caption(words[index]) for index in chosen]
-        texts = own + [draw.choice(swapped(words[i], name, values)) for i in chosen for name, values in choices.items()]
+        backwards = [grammar.played_backwards(words[i]) if draw.random() < 0.5 else None for i in chosen]
+        said = [turned or words[i] for i, turned in zip(chosen, backwards, strict=True)]
+        own = [grammar.caption(of_clip) for of_clip in said]
+        texts = own + [draw.choice(swapped(of_clip, *choice)) for of_clip in said for choice in choices.items()]
         target = torch.tensor([[float(a == b) for b in texts] for a in own], device=device)
-        seen = jitter(pixels[chosen], settings["frame_size"], draw).to(device)
+        seen = vary(pixels[chosen], settings["frame_size"], [turned is not None for turned in backwards], draw).to(
+            device
+        )
         image = functional.normalize(model.encode_image(seen), dim=-1)
         text = functional.normalize(model.encode_text(judge.vocabulary.encode(texts).to(device)), dim=-1)
         logits = model.logit_scale.exp() * image @ text.T
@@ -82,8 +87,8 @@ def train(
     return log
 
 
-def jitter(pixels: torch.Tensor, side: int, draw: random.Random) -> torch.Tensor:
-    """Storyboards (B, 3, h, w) with the frames of each moved by the same few pixels: a caption stays true, a clip is not learnt by heart."""
+def vary(pixels: torch.Tensor, side: int, backwards: list[bool], draw: random.Random) -> torch.Tensor:
+    """Storyboards (B, 3, h, w), some in reverse order, with the frames of each moved by the same few pixels: a clip is not learnt by heart."""
     rows, columns = pixels.shape[2] // side, pixels.shape[3] // side
     reach = side // 16
     frames = (
@@ -91,9 +96,10 @@ def jitter(pixels: torch.Tensor, side: int, draw: random.Random) -> torch.Tensor
     )  # (B, r, c, 3, s, s)
     padded = functional.pad(frames.flatten(0, 3), (reach,) * 4, mode="replicate").unflatten(0, frames.shape[:4])
     moved = torch.empty_like(frames)
-    for index in range(len(pixels)):
+    for index, turned in enumerate(backwards):
         y, x = draw.randint(0, 2 * reach), draw.randint(0, 2 * reach)
-        moved[index] = padded[index, ..., y : y + side, x : x + side]
+        of_clip = padded[index, ..., y : y + side, x : x + side]
+        moved[index] = of_clip.flip(0, 1) if turned else of_clip
     return moved.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
 
 

@@ -1,4 +1,4 @@
-"""The judge's parts: words, storyboards, hard negatives, jitter, gates and files."""
+"""The judge's parts: words, storyboards, hard negatives, variation, gates and files."""
 
 import json
 import random
@@ -13,7 +13,7 @@ from conftest import JUDGE
 from sla2 import grammar
 from sla2.data import Clips
 from sla2.errors import UserError
-from sla2_eval.judge import fit_naturalness, jitter, learn, train
+from sla2_eval.judge import fit_naturalness, learn, train, vary
 from sla2_eval.metrics.frames import UndefinedError, middle_frames
 from sla2_eval.metrics.text_alignment import StoryboardClip, Vocabulary, storyboard
 from sla2_eval.trained_judge import choices_of, forced_choice_accuracy, gate_failure, load_judge, swapped
@@ -72,12 +72,12 @@ def test_hard_negatives_change_one_attribute():
     assert swapped(WORDS, "direction", ["right", "up"]) == ["a red circle moves up"]
 
 
-def test_jitter_shifts_all_frames_of_a_board_alike():
+def test_varying_shifts_all_frames_of_a_board_alike():
     side = 32
     rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
     frame = torch.stack([rows, columns, rows * 0]).float()
     boards = torch.cat([torch.cat([frame, frame], 2)] * 2, 1).repeat(6, 1, 1, 1)
-    moved = jitter(boards, side, random.Random(1))
+    moved = vary(boards, side, [False, True] * 3, random.Random(1))
     assert moved.shape == boards.shape
     shifts = set()
     for board in moved:
@@ -87,6 +87,14 @@ def test_jitter_shifts_all_frames_of_a_board_alike():
         assert middle[:2].abs().max() <= side // 16
         shifts.add(tuple(middle[:2].tolist()))
     assert len(shifts) > 1, "each board has a shift of its own"
+
+
+def test_boards_played_backwards_read_from_the_last_frame_to_the_first():
+    side = 16
+    tiles = torch.arange(4.0).reshape(2, 2).repeat_interleave(side, 0).repeat_interleave(side, 1)
+    forwards, backwards = vary(tiles.expand(2, 3, -1, -1), side, [False, True], random.Random(0))
+    assert torch.equal(forwards[0], tiles)
+    assert torch.equal(backwards[0], 3 - tiles)
 
 
 def test_training_lowers_the_loss(judge_data):
