@@ -22,6 +22,7 @@ STEPS = {
     "latency": "sla2_eval.latency",
     "tables": "sla2_eval.tables",
     "report": "sla2_eval.report",
+    "publish": "sla2_eval.publish",
     "rehearsal": "sla2.rehearsal",
 }
 

@@ -244,6 +244,11 @@ def test_section_leaves_out_what_only_counts_jobs():
     assert study.section("score.judge")["threads"] == study.config["threads"]
 
 
+def test_a_step_can_have_more_threads_than_the_others():
+    study = load_study(ROOT / "config/mini.yaml")
+    assert [study.section(step)["threads"] for step in ("score", "generate")] == [10, study.config["threads"]]
+
+
 def test_a_row_can_be_fine_tuned_otherwise():
     files = [ROOT / "config/mini.yaml", ROOT / "config/overlays/mini-curves.yaml"]
     config: dict = {}

@@ -55,7 +55,7 @@ rule score:
         "<logs>/score/{variant}.log",
     conda:
         "../envs/sla2.yaml"
-    threads: study.config["threads"]
+    threads: study.section("score")["threads"]
     resources:
         gpu=gpus("score"),
     params:

@@ -1,0 +1,103 @@
+"""A finished study without weights and latents: what others need to check its numbers, draw its figures again and see a few videos.
+
+    sla2 publish results/mini --output results/reference/mini-h100
+    make figures FROM=results/reference/mini-h100
+
+Copies records, tables, figures, logs, adapters and what stands beside them; of the first training seed's videos those that the page
+shows as mp4, and those of the contact sheet without loss.
+"""
+
+import argparse
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from sla2.errors import UserError, run_main
+from sla2.files import write_folder
+from sla2_eval.table_set import TableSet
+
+# Paths in a study's folder. What stands beside a file as .provenance.json goes with it.
+RECORDS = (
+    "data/data.json",
+    "base_model/base_model.json",
+    "base_model/log.csv",
+    "stage1/*/adapter.*",
+    "stage1/*/*.csv",
+    "stage2/*/seed*/adapter.*",
+    "stage2/*/seed*/log.csv",
+    "generate/*/seed*/manifest.jsonl",
+    "score/*.csv",
+    "score/judge/gates.json",
+    "latency/latency.csv",
+    "tables/*",
+    "figures/*",
+)
+MIB = 2**20
+LARGEST_FILE, LARGEST_FOLDER = 5 * MIB, 30 * MIB  # what a repository carries without harm
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("study", type=Path, help="results/<study>, with tables")
+    parser.add_argument("--output", type=Path, required=True, help="folder; replaced")
+    args = parser.parse_args()
+    chosen = [*records(args.study), *videos(args.study)]
+    check_sizes(chosen)
+
+    def fill(folder: Path) -> None:
+        for path in chosen:
+            target = folder / path.relative_to(args.study)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target)
+
+    write_folder(args.output, fill)
+
+
+def records(study: Path) -> list[Path]:
+    """Files of `RECORDS` that a study has, with their provenance.
+
+    Raises:
+        UserError: where the study has no tables.
+    """
+    TableSet(study / "tables")
+    found = {path for pattern in RECORDS for path in study.glob(pattern)}
+    beside = {path.with_name(f"{path.name}.provenance.json") for path in found}
+    return sorted(found | {path for path in beside if path.is_file()})
+
+
+def videos(study: Path) -> Iterator[Path]:
+    """Videos of every row that is in the tables, as `report.videos` and `report.contact` choose them."""
+    tables = TableSet(study / "tables")
+    shown, sheet = tables.study["videos"], tables.study["contact"]["prompts"]
+    for variant in tables.variants:
+        manifest = min((study / "generate" / variant).glob("seed*/manifest.jsonl"), default=None)
+        if manifest is None:
+            raise UserError(f"{study}/generate/{variant}: holds no seed*/manifest.jsonl; run the generate step")
+        entries = [json.loads(line) for line in manifest.read_text(encoding="utf-8").splitlines()]
+        prompts = list(dict.fromkeys(entry["prompt_id"] for entry in entries))
+        for entry in entries:
+            if entry["prompt_id"] in prompts[:sheet] and entry["seed"] == 0:
+                yield manifest.parent / entry["file"]
+            if entry["prompt_id"] in prompts[: shown["prompts"]] and entry["seed"] < shown["seeds"]:
+                yield manifest.parent / "videos" / f"{entry['id']}.mp4"
+
+
+def check_sizes(paths: list[Path]) -> None:
+    """Refuse what is missing, and more than a repository should carry."""
+    for path in paths:
+        if not path.is_file():
+            raise UserError(f"{path}: missing; run the step that makes it")
+        if path.stat().st_size > LARGEST_FILE:
+            raise UserError(
+                f"{path}: {path.stat().st_size / MIB:.1f} MiB, a published file has {LARGEST_FILE // MIB} at most"
+            )
+    total = sum(path.stat().st_size for path in paths)
+    if total > LARGEST_FOLDER:
+        raise UserError(
+            f"{total / MIB:.1f} MiB to publish, {LARGEST_FOLDER // MIB} at most; lower report.videos or report.contact and make the tables again"
+        )
+
+
+if __name__ == "__main__":
+    run_main(main)
