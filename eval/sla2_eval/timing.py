@@ -17,7 +17,7 @@ BUSY_PERCENT = 10  # utilisation above which someone else is at work on an other
 
 
 def refuse_shared_gpu(device: torch.device) -> None:
-    """Stop when another process uses the GPU; call it before this process touches CUDA. A CPU passes.
+    """Stop when another process uses the GPU; call it before this process computes there. A CPU passes.
 
     Raises:
         UserError: naming the processes, or the utilisation where a container hides them.
@@ -25,7 +25,9 @@ def refuse_shared_gpu(device: torch.device) -> None:
     if device.type != "cuda":
         return
     index = gpu_index(device)
-    processes = _query("--query-compute-apps=pid,process_name,used_memory", index)
+    listed = _query("--query-compute-apps=pid,process_name,used_memory", index)
+    # This process is among them once `claim_device` has made the GPU its current one.
+    processes = [line for line in listed if line.split(",")[0] != str(os.getpid())]
     if processes:
         raise UserError(f"GPU {index}: used by {'; '.join(processes)}; latency needs the whole GPU, wait or stop them")
     busy = int(_query("--query-gpu=utilization.gpu", index, "nounits")[0])

@@ -1,3 +1,4 @@
+import os
 import time
 
 import numpy as np
@@ -38,8 +39,9 @@ def test_refuses_a_gpu_in_use(monkeypatch, answers, message) -> None:
         timing.refuse_shared_gpu(torch.device("cuda", 0))
 
 
-def test_accepts_a_free_gpu(monkeypatch) -> None:
-    answers = {"--query-compute-apps": [], "--query-gpu": ["0"]}
+@pytest.mark.parametrize("listed", [[], [f"{os.getpid()}, python3, 520 MiB"]])
+def test_accepts_a_gpu_that_is_free_but_for_this_process(monkeypatch, listed) -> None:
+    answers = {"--query-compute-apps": listed, "--query-gpu": ["0"]}
     monkeypatch.setattr(timing, "_query", lambda what, index, *options: answers[what.split("=")[0]])
     timing.refuse_shared_gpu(torch.device("cuda", 0))
 
