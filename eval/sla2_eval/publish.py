@@ -3,8 +3,8 @@
     sla2 publish results/mini --output results/reference/mini-h100
     make figures FROM=results/reference/mini-h100
 
-Copies records, tables, figures, logs, adapters and what stands beside them; of the first training seed's videos those that the page
-shows as mp4, and those of the contact sheet without loss.
+Copies records, tables, figures, logs and what stands beside them, of the rows that are in the tables; of the first training seed's
+videos those that the page shows as mp4, and those of the contact sheet without loss. Adapters stay: without their weights nobody can use them.
 """
 
 import argparse
@@ -17,17 +17,19 @@ from sla2.errors import UserError, run_main
 from sla2.files import write_folder
 from sla2_eval.table_set import TableSet
 
-# Paths in a study's folder. What stands beside a file as .provenance.json goes with it.
+# Paths in a study's folder, {row} being one of the rows in its tables. What stands beside a file as .provenance.json goes with it.
 RECORDS = (
     "data/data.json",
     "base_model/base_model.json",
     "base_model/log.csv",
-    "stage1/*/adapter.*",
-    "stage1/*/*.csv",
-    "stage2/*/seed*/adapter.*",
-    "stage2/*/seed*/log.csv",
-    "generate/*/seed*/manifest.jsonl",
-    "score/*.csv",
+    "stage1/*/adapter.json",
+    "stage1/*/log.csv",
+    "stage1/*/report.csv",
+    "stage2/{row}/seed*/adapter.json",
+    "stage2/{row}/seed*/log.csv",
+    "generate/{row}/seed*/manifest.jsonl",
+    "score/{row}.csv",
+    "score/validity.csv",
     "score/judge/gates.json",
     "latency/latency.csv",
     "tables/*",
@@ -60,8 +62,8 @@ def records(study: Path) -> list[Path]:
     Raises:
         UserError: where the study has no tables.
     """
-    TableSet(study / "tables")
-    found = {path for pattern in RECORDS for path in study.glob(pattern)}
+    rows = TableSet(study / "tables").variants
+    found = {path for pattern in RECORDS for row in rows for path in study.glob(pattern.format(row=row))}
     beside = {path.with_name(f"{path.name}.provenance.json") for path in found}
     return sorted(found | {path for path in beside if path.is_file()})
 
