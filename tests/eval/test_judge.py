@@ -13,7 +13,7 @@ from conftest import JUDGE
 from sla2 import grammar
 from sla2.data import Clips
 from sla2.errors import UserError
-from sla2_eval.judge import fit_naturalness, learn, train, vary
+from sla2_eval.judge import fit_naturalness, learn, parameter_groups, train, vary
 from sla2_eval.metrics.frames import UndefinedError, middle_frames
 from sla2_eval.metrics.text_alignment import StoryboardClip, Vocabulary, storyboard
 from sla2_eval.trained_judge import choices_of, forced_choice_accuracy, gate_failure, load_judge, swapped
@@ -95,6 +95,19 @@ def test_boards_played_backwards_read_from_the_last_frame_to_the_first():
     forwards, backwards = vary(tiles.expand(2, 3, -1, -1), side, [False, True], random.Random(0))
     assert torch.equal(forwards[0], tiles)
     assert torch.equal(backwards[0], 3 - tiles)
+
+
+@pytest.mark.parametrize(("patch", "share"), [(4, 1), (8, 1), (16, 1 / 4), (32, 1 / 16)])
+def test_large_patches_are_embedded_at_a_slower_rate(patch, share):
+    tower = torch.nn.ModuleDict({"conv1": torch.nn.Conv2d(3, 5, patch, bias=False), "other": torch.nn.Linear(2, 2)})
+    model = torch.nn.ModuleDict({"visual": tower, "text": torch.nn.Linear(2, 2)})
+    groups = parameter_groups(model, 1e-3)
+    assert sorted(p.numel() for group in groups for p in group["params"]) == sorted(
+        p.numel() for p in model.parameters()
+    )
+    rates = {id(p): group["lr"] for group in groups for p in group["params"]}
+    assert rates.pop(id(tower["conv1"].weight)) == pytest.approx(1e-3 * share)
+    assert set(rates.values()) == {1e-3}
 
 
 def test_training_lowers_the_loss(judge_data):
