@@ -4,7 +4,7 @@
 
 The image tower sees storyboards, so order and direction are visible. Every batch holds, beside its captions, each caption with one
 attribute exchanged: such a hard negative can only be told from the truth by that attribute. Equal captions share the target. Half of the
-clips are played backwards, with the caption of that: else directions are learnt by heart, clip by clip.
+clips are played backwards, with the caption of that, so that what a clip shows beside its motion tells nothing of the direction.
 The trained judge is frozen; forced-choice accuracy per attribute on held-out clips is its gate, and a metric whose gate fails is
 reported as not available.
 """

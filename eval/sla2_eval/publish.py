@@ -1,7 +1,7 @@
 """A finished study without weights and latents: what others need to check its numbers, draw its figures again and see a few videos.
 
-    sla2 publish results/mini --output results/reference/mini-h100
-    make figures FROM=results/reference/mini-h100
+    sla2 publish results/mini --output results/reference/mini-h200
+    make figures FROM=results/reference/mini-h200
 
 Copies records, tables, figures, logs and what stands beside them, of the rows that are in the tables; of the first training seed's
 videos those that the page shows as mp4, and those of the contact sheet without loss. Adapters stay: without their weights nobody can use them.
@@ -65,7 +65,8 @@ def records(study: Path) -> list[Path]:
         UserError: where the study has no tables.
     """
     rows = TableSet(study / "tables").variants
-    found = {path for pattern in RECORDS for row in rows for path in study.glob(pattern.format(row=row))}
+    patterns = {pattern.format(row=row) for pattern in RECORDS for row in rows}
+    found = {path for pattern in patterns for path in study.glob(pattern)}
     beside = {path.with_name(f"{path.name}.provenance.json") for path in found}
     return sorted(found | {path for path in beside if path.is_file()})
 
