@@ -44,7 +44,7 @@ def rehearsed(study: Study, work: Path, row: str) -> dict:
     """The study's config with random weights, our videos, one prompt and a few steps of everything."""
     work = work.resolve()
     # For the weights of 1.3b, a checkpoint with AdamW's state, the best weights and the result.
-    room = shutil.disk_usage(work).free > 62e9
+    room = shutil.disk_usage(work).free > 70e9
     changes = {
         "study": "rehearsal",
         "prompts": str(work / "prompts.tsv"),
@@ -326,7 +326,7 @@ def main() -> None:
         "--work",
         type=Path,
         required=True,
-        help="folder for weights, videos and results; 60 GB for 1.3b, 35 without a checkpoint",
+        help="folder for weights, videos and results; 70 GB for 1.3b, 35 without a checkpoint",
     )
     parser.add_argument("--output", type=Path, required=True, help="folder for what was measured")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=[part for part in PARTS if part != "compiled"])
