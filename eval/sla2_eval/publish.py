@@ -8,13 +8,13 @@ videos those that the page shows as mp4, and those of the contact sheet without 
 """
 
 import argparse
-import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from sla2.errors import UserError, run_main
 from sla2.files import write_folder
+from sla2_eval.shown import on_contact_sheet, on_page
 from sla2_eval.table_set import TableSet
 
 # Paths in a study's folder, {row} being one of the rows in its tables. What stands beside a file as .provenance.json goes with it.
@@ -72,20 +72,12 @@ def records(study: Path) -> list[Path]:
 
 
 def videos(study: Path) -> Iterator[Path]:
-    """Videos of every row that is in the tables, as `report.videos` and `report.contact` choose them."""
+    """Videos that are shown of every row that is in the tables: on the page as mp4, on the contact sheet without loss."""
     tables = TableSet(study / "tables")
-    shown, sheet = tables.study["videos"], tables.study["contact"]["prompts"]
     for variant in tables.variants:
-        manifest = min((study / "generate" / variant).glob("seed*/manifest.jsonl"), default=None)
-        if manifest is None:
-            raise UserError(f"{study}/generate/{variant}: holds no seed*/manifest.jsonl; run the generate step")
-        entries = [json.loads(line) for line in manifest.read_text(encoding="utf-8").splitlines()]
-        prompts = list(dict.fromkeys(entry["prompt_id"] for entry in entries))
-        for entry in entries:
-            if entry["prompt_id"] in prompts[:sheet] and entry["seed"] == 0:
-                yield manifest.parent / entry["file"]
-            if entry["prompt_id"] in prompts[: shown["prompts"]] and entry["seed"] < shown["seeds"]:
-                yield manifest.parent / "videos" / f"{entry['id']}.mp4"
+        folder = study / "generate" / variant
+        yield from (clip.preview for clip in on_page(tables, folder))
+        yield from (clip.lossless for clip in on_contact_sheet(tables, folder))
 
 
 def check_sizes(paths: list[Path]) -> None:

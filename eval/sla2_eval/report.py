@@ -6,7 +6,6 @@ Writes index.html with figures/, videos/ and tables/ beside it, all by relative 
 """
 
 import argparse
-import json
 import shutil
 import statistics
 from pathlib import Path
@@ -18,6 +17,7 @@ from sla2_eval.captions import CAPTIONS
 from sla2_eval.cards import add_measured, read_cards
 from sla2_eval.cards import page as cards_page
 from sla2_eval.palette import style
+from sla2_eval.shown import on_page
 from sla2_eval.table_set import SUMMARIES, TableSet
 
 PAPER_MARKS = {paper.REPRODUCED: "✓", paper.DIFFERS: "≠", paper.CANNOT: "–"}
@@ -115,24 +115,17 @@ def copy(path: Path, folder: Path) -> None:
 
 def copy_videos(tables: TableSet, videos: Path, folder: Path) -> dict:
     """Copy the study's choice of videos; returns what the players need: variants, prompts, seeds, fps and a path for each."""
-    choice = tables.study["videos"]
     prompts: dict[str, str] = {}
     seeds: list[int] = []
     files: dict[str, str] = {}
     fps = 1.0
     for variant in tables.variants:
-        manifests = sorted((videos / variant).glob("seed*/manifest.jsonl"))
-        if not manifests:
-            raise UserError(f"{videos / variant}: holds no seed*/manifest.jsonl; run the generate step")
-        for entry in map(json.loads, manifests[0].read_text(encoding="utf-8").splitlines()):
-            prompt, seed = entry["prompt_id"], entry["seed"]
-            if (prompt not in prompts and len(prompts) == choice["prompts"]) or seed >= choice["seeds"]:
-                continue
-            prompts[prompt] = entry["text"]
+        for clip in on_page(tables, videos / variant):
+            prompt, seed, fps = (clip.entry[name] for name in ("prompt_id", "seed", "fps"))
+            prompts[prompt] = clip.entry["text"]
             seeds += [seed] if seed not in seeds else []
-            fps = entry["fps"]
-            copy(manifests[0].parent / "videos" / f"{entry['id']}.mp4", folder / variant)
-            files[f"{variant}/{prompt}/{seed}"] = f"videos/{variant}/{entry['id']}.mp4"
+            copy(clip.preview, folder / variant)
+            files[f"{variant}/{prompt}/{seed}"] = f"videos/{variant}/{clip.preview.name}"
     looks = {name: {"label": style(name).label, "color": style(name).color} for name in tables.variants}
     return {
         "reference": tables.study["reference"],

@@ -409,9 +409,8 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--budget-s", type=float, default=470.0, help="seconds after which nothing new is begun")
     args = parser.parse_args()
-    device = torch.device("cuda", 0)
-    refuse_shared_gpu(device)
     device = claim_device({"device": "cuda"}, alone=True)
+    refuse_shared_gpu(device)
     table = Table(args.output)
     settings = AttentionSettings(backend="triton")
     write_provenance(

@@ -1,6 +1,5 @@
 """Contact sheet: frames over time of every variant, for the same prompts, sampling seed and noise, from lossless videos."""
 
-import json
 from pathlib import Path
 
 import av
@@ -11,33 +10,21 @@ from PIL import Image
 from sla2.errors import UserError, run_main
 from sla2_eval import plot
 from sla2_eval.palette import style
+from sla2_eval.shown import Clip, on_contact_sheet
 from sla2_eval.table_set import TableSet
 
 CELL, GAP = 128, 4  # longest side of a frame, and the space between frames, in px
 
 
-def manifest(folder: Path) -> dict[str, dict]:
-    """Entries of the first sampling seed by prompt, in the order of the prompt sheet; `folder`/seed* holds the manifests."""
-    paths = sorted(folder.glob("seed*/manifest.jsonl"))
-    if not paths:
-        raise UserError(f"{folder}: holds no seed*/manifest.jsonl; run the generate step")
-    entries: dict[str, dict] = {}
-    for line in paths[0].read_text(encoding="utf-8").splitlines():
-        entry = json.loads(line)
-        entries.setdefault(entry["prompt_id"], {**entry, "path": paths[0].parent / entry["file"]})
-    return entries
-
-
-def strip(entry: dict, count: int) -> tuple[np.ndarray, list[float]]:
+def strip(clip: Clip, count: int) -> tuple[np.ndarray, list[float]]:
     """`count` frames, evenly spread, side by side as (h, w, 3), and their times in seconds."""
+    entry, path = clip.entry, clip.lossless
     indices = np.linspace(0, entry["frames"] - 1, count).round().astype(int)
     scale = CELL / max(entry["height"], entry["width"])
     size = (round(entry["width"] * scale), round(entry["height"] * scale))
-    if not entry["path"].is_file():
-        raise UserError(
-            f"{entry['path']}: missing; run the generate step, or bring the lossless videos of these prompts"
-        )
-    with av.open(str(entry["path"])) as container:
+    if not path.is_file():
+        raise UserError(f"{path}: missing; run the generate step, or bring the lossless videos of these prompts")
+    with av.open(str(path)) as container:
         wanted = set(indices.tolist())
         frames = {i: f.to_ndarray(format="rgb24") for i, f in enumerate(container.decode(video=0)) if i in wanted}
     sheet = np.full((size[1] + GAP, count * (size[0] + GAP), 3), 255, np.uint8)
@@ -50,22 +37,21 @@ def strip(entry: dict, count: int) -> tuple[np.ndarray, list[float]]:
 
 def draw(tables: TableSet, videos: Path) -> Figure:
     shape = tables.study["contact"]
-    entries = {name: manifest(videos / name) for name in tables.variants}
-    prompts = list(next(iter(entries.values())))[: shape["prompts"]]
+    rows = [on_contact_sheet(tables, videos / name) for name in tables.variants]
     blocks = []
-    for prompt in prompts:
-        strips = [strip(entries[name][prompt], shape["frames"]) for name in entries]
+    for clips in zip(*rows, strict=True):  # of one prompt
+        strips = [strip(clip, shape["frames"]) for clip in clips]
         blocks.append((np.concatenate([sheet for sheet, _ in strips]), strips[0][1]))
     height, width = blocks[0][0].shape[:2]
     inches = 0.6 / (CELL + GAP)
     size = (2.4 + len(blocks) * width * inches, 0.7 + height * inches)
     figure, axes = plot.plt.subplots(1, len(blocks), figsize=size, sharey=True, squeeze=False)
-    row = height / len(entries)
-    for ax, prompt, (sheet, times) in zip(axes.flat, prompts, blocks, strict=True):
+    row = height / len(rows)
+    for ax, clip, (sheet, times) in zip(axes.flat, rows[0], blocks, strict=True):
         ax.imshow(sheet, interpolation="antialiased", aspect="equal")
-        ax.set_title(next(iter(entries.values()))[prompt]["text"], fontsize=9)
+        ax.set_title(clip.entry["text"], fontsize=9)
         ax.set_xticks([(i + 0.5) * width / len(times) for i in range(len(times))], [f"{t:.1f}" for t in times])
-        ax.set_yticks([(i + 0.5) * row for i in range(len(entries))], [style(name).label for name in entries])
+        ax.set_yticks([(i + 0.5) * row for i in range(len(rows))], [style(name).label for name in tables.variants])
         ax.set_xlabel("time (s)")
         ax.tick_params(length=0)
         ax.grid(visible=False)
