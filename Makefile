@@ -1,7 +1,7 @@
 # make ablations   the study, end to end (tiny by default; make ablations STUDY=mini for another)
-# make figures     figures again from the tables of a study, or of any folder: make figures FROM=results/reference/mini
+# make figures     figures again from the tables of a study, or of any folder: make figures FROM=results/reference/mini-h200
 # make test        every check
-# make test-gpu    the kernels' tests on this machine's GPU
+# make test-gpu    the kernels' tests, and a resumed training, on this machine's GPU
 # make bench-kernels   times the kernels on this machine's GPU, into results/reference/kernels-$(GPU)
 # make style       format and mend what can be mended
 # FLAGS goes to Snakemake, such as FLAGS="--resources gpu=4".
@@ -75,6 +75,7 @@ test: $(READY)
 test-gpu: $(READY)
 	@python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("error: torch sees no GPU here; run this on a machine with one")'
 	pytest tests/kernels
+	pytest tests/test_stage2.py -k device
 
 bench-kernels: $(READY)
 	python kernels/bench/measure.py --output results/reference/kernels-$(GPU) --commit $$(git rev-parse HEAD)

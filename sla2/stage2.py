@@ -21,6 +21,7 @@ from sla2.errors import run_main
 from sla2.files import write_folder
 from sla2.flow import flow_losses, generator, heldout_loss
 from sla2.latents import Latents, Stream
+from sla2.progress import say
 from sla2.record import write_provenance
 from sla2.team import Team, join
 from sla2.training import Log, batches, train
@@ -46,17 +47,19 @@ def choose_trainable(transformer: nn.Module, trainable: str) -> tuple[list[nn.Pa
     return model, mixing
 
 
-def choose_optimizer(transformer: nn.Module, settings: dict) -> torch.optim.AdamW:
-    """AdamW over what learns, the mixing in a group of its own: its logits have far to go and are not decayed."""
+def choose_optimizer(transformer: nn.Module, settings: dict) -> torch.optim.AdamW | None:
+    """AdamW over what learns, the mixing in a group of its own: its logits have far to go and are not decayed.
+
+    None where nothing learns, as with `trainable: adapter` in a row without alpha or projection.
+    """
     model, mixing = choose_trainable(transformer, settings["trainable"])
     groups = [
         {"params": model, "lr": settings["lr"], "weight_decay": settings["weight_decay"]},
         {"params": mixing, "lr": settings["lr_mixing"], "weight_decay": 0.0},
     ]
+    groups = [group for group in groups if group["params"]]
     on_gpu = next(transformer.parameters()).is_cuda
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]], betas=settings["betas"], fused=on_gpu or None
-    )
+    return torch.optim.AdamW(groups, betas=settings["betas"], fused=on_gpu or None) if groups else None
 
 
 def main() -> None:
@@ -83,15 +86,20 @@ def main() -> None:
     transformer.train()
     if settings["gradient_checkpointing"]:
         transformer.enable_gradient_checkpointing()
-    choose_trainable(transformer, settings["trainable"])
+    learns = any(choose_trainable(transformer, settings["trainable"]))
     transformer = team.place(transformer)
     if settings["compile"]:
         compile_blocks(transformer)
-    wrapped = team.wrap(transformer)
+    wrapped = team.wrap(transformer) if learns else transformer  # DDP takes no module without gradients
     optimizer = choose_optimizer(transformer, settings)
+    steps = settings["steps"] if learns else 0
+    if not learns and team.first:
+        say(
+            f"stage2 {variant.variant}: stage2.trainable {settings['trainable']}: nothing of this row learns; its weights stay"
+        )
     data, heldout = Latents(Path(base.latents) / "train"), Latents(Path(base.latents) / "heldout")
     order = batches(len(data), settings["batch"], sum(seed * 7919**i for i, seed in enumerate(seeds)))
-    stream = Stream(data, lambda step: [order(step)[place] for place in share], settings["steps"], team.device)
+    stream = Stream(data, lambda step: [order(step)[place] for place in share], steps, team.device)
     share = team.share(len(order(0)))
     empty = data.empty_text.to(team.device)
     teacher = None
@@ -119,9 +127,9 @@ def main() -> None:
         "stage2",
         f"stage2 {variant.variant} seed {settings['train_seed']}",
         transformer,
-        [optimizer],
+        [optimizer] if optimizer else [],
         loss,
-        settings["steps"],
+        steps,
         checkpoint,
         log,
         warmup=settings["warmup"],

@@ -298,7 +298,9 @@ def train(
             seconds, waited = time.perf_counter() - began, waited_s() - waited
             peak = torch.cuda.max_memory_allocated() / GIB if next(module.parameters()).is_cuda else None
             log.time(done, phase, seconds, waited, peak)
-            told = {"data": f"{waited / seconds:.0%}", **({} if peak is None else {"gpu": f"{peak:.1f} GiB"})}
+            # The bar's own seconds hold validation and checkpoints too.
+            told = {"step": f"{seconds:.2f} s", "data": f"{waited / seconds:.0%}"}
+            told |= {} if peak is None else {"gpu": f"{peak:.1f} GiB"}
             due = validate and (done % validate_every == 0 or done == steps)
             halt = interrupted()
             saved = done % checkpoint.every == 0 or done == steps or halt

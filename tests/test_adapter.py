@@ -156,6 +156,25 @@ def test_lora_beside_the_adapter(run):
     assert not torch.allclose(predict(transformer), expected)
 
 
+def test_lora_after_the_adapter(run):
+    from peft import LoraConfig
+
+    transformer = apply_adapter(trained(run), run / "adapter.safetensors")
+    expected = predict(transformer)
+    transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_out.0"], init_lora_weights=True))
+    torch.testing.assert_close(predict(transformer), expected)
+
+
+def test_saved_by_diffusers_it_needs_its_adapter_again(run, tmp_path):
+    """diffusers writes the adapter's tensors too and leaves them out when it loads: the folder alone is the dense model."""
+    transformer = apply_adapter(trained(run), run / "adapter.safetensors")
+    expected = predict(transformer)
+    transformer.save_pretrained(tmp_path)
+    loaded = type(transformer).from_pretrained(tmp_path)
+    assert not torch.allclose(predict(loaded), expected)
+    torch.testing.assert_close(predict(apply_adapter(loaded, run / "adapter.safetensors")), expected, rtol=0, atol=0)
+
+
 def test_saved_row_is_the_one_that_was_trained(run):
     assert read_adapter(run / "adapter.safetensors")[0]["variant"] == ROW
     assert json.loads((run / "adapter.json").read_text())["variant"] == ROW

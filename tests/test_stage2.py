@@ -158,6 +158,19 @@ def test_only_what_is_trainable_moves(base, tmp_path, trainable, part):
     assert not torch.equal(trained["blocks.0.attn1.processor.attention.mixing.logit"], torch.full((2, 4), 2.0))
 
 
+@pytest.mark.parametrize(("select", "processes"), [("last", 1), ("best", 1), ("last", 2)])
+def test_a_row_in_which_nothing_learns_keeps_its_weights(base, tmp_path, capfd, select, processes):
+    row = {"variant": "full", "attention": "full", "router": "none", "mixing": "none", "quantization": "none"}
+    row = ROW | row | {"sparsity": 0.0}
+    fine_tune(base, tmp_path, processes, variant=row, trainable="adapter", select=select)
+    assert (
+        "stage2 full: stage2.trainable adapter: nothing of this row learns; its weights stay" in capfd.readouterr().err
+    )
+    assert [(step, split) for step, split, _ in read_log(tmp_path)] == [(0, "heldout")]
+    kept = load_file(tmp_path / "transformer/diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in start(base).items())
+
+
 def test_distillation_of_the_dense_model_itself_is_nearly_free_of_loss(base, alone, tmp_path):
     """Random weights attend nearly evenly, so the dense velocity is almost the sparse one, and far from the data's."""
     fine_tune(base, tmp_path, loss="distill", steps=1, checkpoint_every=9)

@@ -198,6 +198,16 @@ def test_a_run_on_more_gpus_than_are_allowed_stops_before_the_first_job(checkout
     assert not list(checkout.folder.glob("results/**/*.log"))
 
 
+def test_gpus_and_nodes_of_the_config_reach_the_launcher(checkout):
+    checkout.edit("config/tiny.yaml", "device: cpu", "device: cuda")
+    checkout.edit("config/tiny.yaml", "block_q: 16\n  block_k: 8", "block_q: 16\n  block_k: 16")  # as triton needs
+    checkout.edit(
+        "config/tiny.yaml", "lr_mixing: 1e-2\n  warmup: 5", "lr_mixing: 1e-2\n  gpus: 2\n  nodes: 2\n  warmup: 5"
+    )
+    shown = checkout.snakemake("ablations", "--dry-run", "--printshellcmds", "--resources", "gpu=4").stdout
+    assert "sla2 --gpus 4 --nodes 2 stage2" in shown
+
+
 def test_parse_time(checkout, tmp_path):
     """The workflow costs Snakemake under 3 s of processor time more than an empty one."""
     (tmp_path / "empty").mkdir()
