@@ -204,7 +204,8 @@ def test_gpus_and_nodes_of_the_config_reach_the_launcher(checkout):
     checkout.edit(
         "config/tiny.yaml", "lr_mixing: 1e-2\n  warmup: 5", "lr_mixing: 1e-2\n  gpus: 2\n  nodes: 2\n  warmup: 5"
     )
-    shown = checkout.snakemake("ablations", "--dry-run", "--printshellcmds", "--resources", "gpu=4").stdout
+    options = ("--dry-run", "--printshellcmds", "--quiet", "host", "--resources", "gpu=4")
+    shown = checkout.snakemake("ablations", *options).stdout
     assert "sla2 --gpus 4 --nodes 2 stage2" in shown
 
 
