@@ -64,8 +64,20 @@ def test_speeds_come_from_measured_files(numbers, tmp_path) -> None:
     video = {"part": "end_to_end", "row": "sla2-97", "mode": "eager"}
     assert status(2.4, "end_to_end_speedup", **video) == paper.REPRODUCED
     assert status(2.4, "end_to_end_speedup", **{**video, "row": "sla2-90"}) == paper.CANNOT
+    assert status(2.4, "attention_time_ratio", **op) == paper.CANNOT
     with pytest.raises(UserError, match="no such file"):
         paper.read_measured([tmp_path / "summary.csv"])
+
+
+def test_attention_in_a_video_is_what_it_adds_to_a_step(numbers) -> None:
+    step = {"device": "step-x", "shape": "1.3B-480p", "part": "denoising_step", "mode": "eager", "speedup_fa2": ""}
+    rows = [
+        step | {"row": row, "ms": ms} for row, ms in (("dense-fa2", "80"), ("sla2-97", "24"), ("no-attention", "20"))
+    ]
+    (number,) = (n for n in numbers if n.quantity == "attention_time_ratio")
+    (cell,) = paper.compare([number], rows)
+    assert (cell.ours, cell.status) == (15.0, paper.REPRODUCED)  # 13.9 printed
+    assert paper.compare([number], rows[:2])[0].status == paper.CANNOT
 
 
 def test_quality_needs_a_study_of_the_paper_s_model(numbers) -> None:
