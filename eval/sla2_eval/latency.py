@@ -6,7 +6,8 @@
 Four times under four names. `kernel`: the sparse branch alone, its blocks given. `attention_op`: all of smoothing, routing,
 quantisation, both branches and mixing. `denoising_step`: one forward of the transformer. `end_to_end`: a video, put together
 from steps, text encoder, VAE and file, which are timed apart; nothing is offloaded. Each stands against the fastest dense kernel
-of this device and against FlashAttention2, timed in the same rounds: quote the ratios, not the milliseconds.
+of this device and against FlashAttention2, timed in the same rounds (the kernel's are those of the operation): quote the ratios, not
+the milliseconds.
 Weights do not matter to time, so the modules are fresh; rows that differ in training only share their timing.
 """
 

@@ -3,7 +3,7 @@
     python -m sla2_eval.paper --reference results/reference/*/summary.csv --output paper.csv
 
 `paper.tsv` holds what the paper prints (arXiv 2602.12675, tables 1 and 2 and its speeds). FLOPs are compared as ratios to full attention, ours
-from the formula at the blocks that are really kept; the printed totals belong to no whole number of heads and layers. Speeds are
+from the formula at the blocks that are really kept; the printed totals are of fewer layers than the models have. Speeds are
 those that `kernels/bench` and `sla2_eval.step_latency` measured on the GPU that their folder names. Quality needs the published model, its
 metrics' weights and the authors' private prompts, unless a study of that model brings `vbench.*` records.
 """
@@ -111,7 +111,7 @@ def _flops(number: Number, full: float) -> Cell:
     if number.method == "Full":
         note = (
             f"4 N^2 d is {head:.4f} TFLOP a head, {head * heads:.1f} a layer, {head * heads * layers:.1f} a forward; printed are "
-            f"{number.value / head:.0f} heads' worth, which no count of heads and layers gives: ratios are compared"
+            f"{number.value / head:.0f} heads' worth, {number.value / head / heads:.1f} layers of {layers}: ratios are compared"
         )
         return Cell(number, DIFFERS, head * heads * layers, note)
     if number.method not in WORDS:

@@ -55,6 +55,16 @@ def run_panel(ax: Axes, rows: list[dict], metric: str, looks: dict[str, str]) ->
     return shown
 
 
+def end_panel(ax: Axes, rows: list[dict], variants: list[str]) -> None:
+    """Last held-out loss of each training run, side by side: curves that end within a hundredth of each other are one line."""
+    for (run, _, split, name), (_, values) in curves(rows).items():
+        if split == "heldout" and name == "loss" and run in variants:
+            look = style(run)
+            ax.plot(variants.index(run), values[-1], color=look.color, marker=look.marker, markersize=5, linestyle="")
+    ax.set_xticks([])
+    plot.logarithmic(ax)
+
+
 def draw(tables: TableSet) -> Figure:
     training = tables.rows("training")
     phases = list(dict.fromkeys(row["phase"] for row in training if row["stage"] == "base_model"))
@@ -67,19 +77,26 @@ def draw(tables: TableSet) -> Figure:
         "stage 1, held-out clips": ("stage1", "hard_error", groups),
         "stage 2, held-out clips (dashes: second training run)": ("stage2", "loss", {n: n for n in tables.variants}),
     }
-    figure, axes = plot.panels(len(phases) + len(stages), 2, 4.6, 2.9)
+    tuned = [
+        name for name in tables.variants if any(row["run"] == name and row["stage"] == "stage2" for row in training)
+    ]
+    figure, axes = plot.panels(len(phases) + len(stages) + bool(tuned), 2, 4.6, 2.9)
     for ax, phase in zip(axes, phases, strict=False):
         base_panel(ax, [row for row in training if row["stage"] == "base_model" and row["phase"] == phase])
         ax.set(title=f"base model: {phase}", xlabel="step", ylabel="value of the metric in the legend")
     shown: list[str] = []
-    for ax, (title, (stage, metric, looks)) in zip(axes[len(phases) :], stages.items(), strict=True):
+    for ax, (title, (stage, metric, looks)) in zip(axes[len(phases) :], stages.items(), strict=False):
         drawn = run_panel(ax, [row for row in training if row["stage"] == stage], metric, looks)
         ax.set(title=title, xlabel="step", ylabel=LABELS[metric])
-        if drawn and metric == "hard_error":  # rows without alpha err ten times as much as the rest
+        if drawn:  # rows without alpha err ten times as much as the rest
             plot.logarithmic(ax)
         if not drawn:
             ax.text(0.5, 0.5, "nothing was trained", transform=ax.transAxes, ha="center", color="#666666")
         shown += drawn
+    if tuned:
+        end_panel(axes[len(phases) + len(stages)], [row for row in training if row["stage"] == "stage2"], tuned)
+        title, label = "stage 2, at the end: one mark a training run", "row, in the order of the legend"
+        axes[len(phases) + len(stages)].set(title=title, xlabel=label, ylabel=LABELS["loss"])
     order = [name for name in tables.variants if name in shown]
     if order:
         plot.legend(figure, plot.variant_handles(order))
