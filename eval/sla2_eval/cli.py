@@ -55,6 +55,7 @@ def main() -> None:
 def score_folder(args: argparse.Namespace) -> None:
     """Score every video of a folder and write the CSV."""
     say("sla2-eval: loading")  # the libraries take ten seconds of a core
+    from sla2.record import write_provenance
     from sla2_eval import folder
 
     names = folder.find_videos(args.videos)
@@ -74,6 +75,7 @@ def score_folder(args: argparse.Namespace) -> None:
     for name, found in score_all(job, notes, missing, args.workers):
         rows[name] = found
     folder.write_scores(args.out, (entry for name in names for entry in rows[name]))
+    write_provenance(args.out, job.described())
     summarise([entry for name in names for entry in rows[name]])
     say(f"sla2-eval: {args.out}")
 

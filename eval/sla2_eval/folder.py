@@ -49,6 +49,16 @@ class Job:
     weights: dict[str, WeightFile | Command]
     device: str
 
+    def described(self) -> dict:
+        """What the scores hang on besides the videos, without a path: hashes of the weights, of the judge and of the prompts."""
+        return {
+            "metrics": self.wanted,
+            "device": self.device,
+            "judge_sha256": sha256_file(self.judge / "gates.json") if self.judge else None,
+            "weights": {key: file.identity for key, file in self.weights.items()},
+            "prompts_hash": settings_hash({name: asdict(prompt) for name, prompt in self.prompts.items()}),
+        }
+
     def identity(self, name: str) -> str:
         """Hash of everything that the scores of this video depend on."""
         prompt = self.prompts.get(name)

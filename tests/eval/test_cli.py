@@ -58,6 +58,9 @@ def test_all_metrics_without_a_network(videos, tmp_path, monkeypatch, capsys):
     wanted = {name for name in METRICS if not name.startswith(("attention.", "sparsity.", "floor.", "proxy.kid"))}
     assert {metric for _, metric in found} == wanted
     assert {name for name, _ in found} == {"a.mp4", "b.mp4", "broken.mp4", "more/c.mp4"}
+    told = json.loads((tmp_path / "scores.csv.provenance.json").read_text())
+    assert set(told["settings"]["metrics"]) == wanted
+    assert str(tmp_path) not in json.dumps(told)
     for row in found.values():
         assert bool(row["value"]) != bool(row["reason"]), row
     assert found["a.mp4", "clip_score.vit_b32"]["prompt"] == "a cat"
