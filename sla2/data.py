@@ -9,6 +9,7 @@ import argparse
 import csv
 import hashlib
 import json
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from sla2.render import render
 from sla2.video import fit, read_video, resample, write_mp4
 
 SPLITS = ("train", "heldout", "judge", "judge_heldout")
+MOST_LEFT_OUT = 20  # scenes passed over for one that is kept
 
 
 @dataclass(frozen=True)
@@ -98,15 +100,30 @@ def read_clip(path: Path, video: dict) -> Tensor:
 
 
 def procedural(settings: dict) -> dict[str, list[dict]]:
-    """Index entries of every split; no two splits share a scene."""
+    """Index entries of every split; no two splits share a scene, and `train` has none of the captions in `withheld`.
+
+    Raises:
+        UserError: when nearly every caption is withheld.
+    """
     choices, video = scenes.SIMPLE | settings["scene"], settings["video"]
+    withheld = set(settings.get("withheld", ()))
 
-    def entry(split: str, index: int) -> dict:
-        scene = scenes.sample(choices, video, settings["seed"], split, index)
-        caption = grammar.caption(grammar.attributes(scene))
-        return {"id": f"{split}-{index:05d}", "caption": caption, "scene": scene, "path": None}
+    def entries(split: str) -> Iterator[dict]:
+        left_out = 0
+        for number in range(settings["clips"][split]):
+            while True:
+                scene = scenes.sample(choices, video, settings["seed"], split, number + left_out)
+                caption = grammar.caption(grammar.attributes(scene))
+                if split != "train" or caption not in withheld:
+                    break
+                left_out += 1
+                if left_out > MOST_LEFT_OUT * settings["clips"][split]:
+                    raise UserError(
+                        "data.hold_out_prompts: the prompt sheet has nearly every caption there is; widen data.scene, or shorten the sheet"
+                    )
+            yield {"id": f"{split}-{number:05d}", "caption": caption, "scene": scene, "path": None}
 
-    return {split: [entry(split, index) for index in range(settings["clips"][split])] for split in SPLITS}
+    return {split: list(entries(split)) for split in SPLITS}
 
 
 def read_captions(folder: Path) -> dict[str, str]:

@@ -88,6 +88,11 @@ class Study:
         counts = stage2["headline"] if name in stage2["headline"]["rows"] else stage2
         return list(range(counts["seeds"] if self.variants[name].finetune else 1))
 
+    @property
+    def withheld(self) -> list[str]:
+        """Captions that no clip to train on may have."""
+        return [prompt.text for prompt in self.prompts] if self.config["data"]["hold_out_prompts"] else []
+
     def section(self, name: str, **extra: object) -> dict:
         """Settings of one step: its config section, study, seed, device and threads, and what else it needs.
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sla2 import scenes
-from sla2.data import Clips, from_folder, procedural
+from sla2.data import SPLITS, Clips, from_folder, procedural
 from sla2.errors import UserError
 from sla2.render import render
 from sla2.video import fit, read_video, resample, write_lossless, write_mp4
@@ -34,6 +34,20 @@ def test_splits_are_disjoint():
     splits = procedural(settings(clips={"train": 300, "heldout": 100, "judge": 100, "judge_heldout": 100}))
     drawn = [json.dumps(entry["scene"], sort_keys=True) for entries in splits.values() for entry in entries]
     assert len(set(drawn)) == 600
+
+
+def test_withheld_captions_are_not_trained_on():
+    seen = [entry["caption"] for entry in procedural(settings())["train"]]
+    held = procedural(settings(withheld=[seen[0], seen[3]]))
+    captions = [entry["caption"] for entry in held["train"]]
+    assert len(captions) == 20
+    assert not {seen[0], seen[3]} & set(captions)
+    kept = [caption for caption in seen if caption not in (seen[0], seen[3])]
+    assert captions[: len(kept)] == kept
+    assert held["heldout"] == procedural(settings())["heldout"]
+    everything = {entry["caption"] for entry in procedural(settings(clips=dict.fromkeys(SPLITS, 3000)))["train"]}
+    with pytest.raises(UserError, match="hold_out_prompts"):
+        procedural(settings(withheld=sorted(everything)))
 
 
 def clip(frames: int, height: int, width: int):

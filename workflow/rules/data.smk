@@ -14,7 +14,7 @@ rule data:
         "../envs/sla2.yaml"
     threads: study.config["threads"]
     params:
-        settings=settings("data"),
+        settings=settings("data", withheld=study.withheld),
         output=subpath(output.summary, parent=True),
     shell:
         "( sla2 data --settings {params.settings:q} --output {params.output} ) 2>&1 | tee {log}"
