@@ -49,13 +49,19 @@ class Job:
     weights: dict[str, WeightFile | Command]
     device: str
 
-    def described(self) -> dict:
-        """What the scores hang on besides the videos, without a path: hashes of the weights, of the judge and of the prompts."""
+    def networks(self) -> dict:
+        """What the scores of every video depend on: hashes of judge and weights, and the device."""
         return {
-            "metrics": self.wanted,
-            "device": self.device,
-            "judge_sha256": sha256_file(self.judge / "gates.json") if self.judge else None,
+            "judge": sha256_file(self.judge / "gates.json") if self.judge else None,
             "weights": {key: file.identity for key, file in self.weights.items()},
+            "device": self.device,
+        }
+
+    def described(self) -> dict:
+        """What the scores depend on besides the videos, without a path."""
+        return {
+            **self.networks(),
+            "metrics": self.wanted,
             "prompts_hash": settings_hash({name: asdict(prompt) for name, prompt in self.prompts.items()}),
         }
 
@@ -63,7 +69,6 @@ class Job:
         """Hash of everything that the scores of this video depend on."""
         prompt = self.prompts.get(name)
         other = self.reference / name if self.reference else None
-        judge = self.judge / "gates.json" if self.judge else None
         return settings_hash(
             {
                 "version": VERSION,
@@ -73,9 +78,7 @@ class Job:
                 "prompt": asdict(prompt) if prompt else None,
                 "promised": sorted({word for prompt in self.prompts.values() for word in prompt.attributes}),
                 "reference": sha256_file(other) if other and other.is_file() else None,
-                "judge": sha256_file(judge) if judge else None,
-                "weights": {key: file.identity for key, file in self.weights.items()},
-                "device": self.device,
+                **self.networks(),
             }
         )
 

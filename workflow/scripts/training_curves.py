@@ -77,15 +77,16 @@ def draw(tables: TableSet) -> Figure:
         "stage 1, held-out clips": ("stage1", "hard_error", groups),
         "stage 2, held-out clips (dashes: second training run)": ("stage2", "loss", {n: n for n in tables.variants}),
     }
-    tuned = [
-        name for name in tables.variants if any(row["run"] == name and row["stage"] == "stage2" for row in training)
-    ]
+    runs = {row["run"] for row in training if row["stage"] == "stage2"}
+    tuned = [name for name in tables.variants if name in runs]
     figure, axes = plot.panels(len(phases) + len(stages) + bool(tuned), 2, 4.6, 2.9)
     for ax, phase in zip(axes, phases, strict=False):
         base_panel(ax, [row for row in training if row["stage"] == "base_model" and row["phase"] == phase])
         ax.set(title=f"base model: {phase}", xlabel="step", ylabel="value of the metric in the legend")
     shown: list[str] = []
-    for ax, (title, (stage, metric, looks)) in zip(axes[len(phases) :], stages.items(), strict=False):
+    for ax, (title, (stage, metric, looks)) in zip(
+        axes[len(phases) : len(phases) + len(stages)], stages.items(), strict=True
+    ):
         drawn = run_panel(ax, [row for row in training if row["stage"] == stage], metric, looks)
         ax.set(title=title, xlabel="step", ylabel=LABELS[metric])
         if drawn:  # rows without alpha err ten times as much as the rest
@@ -94,9 +95,9 @@ def draw(tables: TableSet) -> Figure:
             ax.text(0.5, 0.5, "nothing was trained", transform=ax.transAxes, ha="center", color="#666666")
         shown += drawn
     if tuned:
-        end_panel(axes[len(phases) + len(stages)], [row for row in training if row["stage"] == "stage2"], tuned)
+        end_panel(axes[-1], [row for row in training if row["stage"] == "stage2"], tuned)
         title, label = "stage 2, at the end: one mark a training run", "row, in the order of the legend"
-        axes[len(phases) + len(stages)].set(title=title, xlabel=label, ylabel=LABELS["loss"])
+        axes[-1].set(title=title, xlabel=label, ylabel=LABELS["loss"])
     order = [name for name in tables.variants if name in shown]
     if order:
         plot.legend(figure, plot.variant_handles(order))
