@@ -241,19 +241,20 @@ def measure_parts(table: Table, shape: str, sparsity: float) -> None:
     alpha = torch.rand(H, reference.num_blocks(N, 128), device="cuda")
     eye = torch.eye(D, device="cuda")
     settings = fused.Settings(kept_blocks(N, sparsity), 128, 64, "softmax", True, "none")
-    pooled, pooled_queries = routing.pool((k, 64), (q, 128))
+    pooled, pooled_queries = routing.pool(k, 64), routing.pool(q, 128)
     mean = routing.key_mean(pooled, N, 64)
     chosen = routing.empty_route(H, pooled_queries.shape[1], pooled.shape[1], settings.kept, q.dtype, q.device)
     routing.route(pooled_queries, pooled, mean, (eye, eye), settings.kept, chosen)
     h, z = linear.block_states(k, v, 64, "softmax", mean)
     state = fused.product(chosen.weight, h.flatten(2)).view(H, -1, D, D)
-    total = fused.remaining(z, chosen.tables, pooled.shape[1])
+    total = torch.empty_like(pooled_queries)
+    fused.remaining(z, chosen.tables, pooled.shape[1], total)
     parts = {
-        "pooling": lambda: routing.key_mean(routing.pool((k, 64), (q, 128))[0], N, 64),
+        "pooling": lambda: (routing.pool(q, 128), routing.key_mean(routing.pool(k, 64), N, 64)),
         "routing": lambda: routing.route(pooled_queries, pooled, mean, (eye, eye), settings.kept, chosen),
         "block states": lambda: linear.block_states(k, v, 64, "softmax", mean),
         "sum of states": lambda: (
-            fused.product(chosen.weight, h.flatten(2)), fused.remaining(z, chosen.tables, pooled.shape[1])),
+            fused.product(chosen.weight, h.flatten(2)), fused.remaining(z, chosen.tables, pooled.shape[1], total)),
         "attention and mixing": lambda: fused.both_branches(
             q, k, v, chosen.tables, state, total, alpha, None, settings, False),
     }  # fmt: skip

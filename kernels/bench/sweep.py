@@ -32,13 +32,14 @@ def steps() -> dict[str, object]:
     H, N, D = SHAPES["1.3B-480p"]
     q, k, v, grad = draw(H, N, D, 4)
     alpha, eye = torch.rand(H, reference.num_blocks(N, 128), device="cuda"), torch.eye(D, device="cuda")
-    pooled, pooled_queries = routing.pool((k, 64), (q, 128))
+    pooled, pooled_queries = routing.pool(k, 64), routing.pool(q, 128)
     mean = routing.key_mean(pooled, N, 64)
     chosen = routing.empty_route(H, pooled_queries.shape[1], pooled.shape[1], kept_blocks(N, 0.97), q.dtype, q.device)
     routing.route(pooled_queries, pooled, mean, (eye, eye), kept_blocks(N, 0.97), chosen)
     h, z = linear.block_states(k, v, 64, "softmax", mean)
     state = product(chosen.weight, h.flatten(2)).view(H, -1, D, D)
-    total = fused.remaining(z, chosen.tables, pooled.shape[1])
+    total = torch.empty_like(pooled_queries)
+    fused.remaining(z, chosen.tables, pooled.shape[1], total)
     o, lse = sparse.forward(q, k, v, chosen.tables, None, 128, 64)
     back = lookup(chosen.mask[None], transposed=True)
 

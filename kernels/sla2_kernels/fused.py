@@ -174,16 +174,14 @@ def both_branches(q: Tensor, k: Tensor, v: Tensor, tables: tuple[Tensor, Tensor]
     return o, *attend(q, k, v, tables, o, alpha, low, s, save)
 
 
-def remaining(z: Tensor, tables: tuple[Tensor, Tensor], blocks: int) -> Tensor:
-    """Z (B * H, T_m, D): the sum of all z (B * H, T, D) less those of each query block's kept blocks; zero if it keeps all."""
+def remaining(z: Tensor, tables: tuple[Tensor, Tensor], blocks: int, out: Tensor) -> None:
+    """Write Z (B * H, T_m, D): the sum of all z (B * H, T, D) less those of each query block's kept blocks; zero if it keeps all."""
     table, count = tables
     heads, rows = count.shape
-    total = torch.empty(heads, rows, z.shape[-1], dtype=torch.float32, device=z.device)
     with on_device(z):
         _remaining_kernel[(rows, heads)](
-            z, over_blocks(z), table, count, total, table.shape[-1], blocks, z.shape[1], D=z.shape[-1],
+            z, over_blocks(z), table, count, out, table.shape[-1], blocks, z.shape[1], D=z.shape[-1],
             BD=power_of_two(z.shape[-1]), num_warps=4)  # fmt: skip
-    return total
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, alpha: Tensor | None, projections: tuple[Tensor, Tensor] | None,
@@ -200,28 +198,32 @@ def forward(q: Tensor, k: Tensor, v: Tensor, alpha: Tensor | None, projections: 
     rows, blocks = triton.cdiv(N, s.block_q), triton.cdiv(N, s.block_k)
     on_hopper = hopper.serves(q, k, v, s.block_q, s.block_k)
     low = None if s.precision == "none" else empty_operands(k, v, s.block_k, s.precision)
-    pooled, *pooled_queries = pool((k, s.block_k), *([(q, s.block_q)] if mask is None else []))
+    pooled = pool(k, s.block_k)
     mean = key_mean(pooled, N, s.block_k)
-    # Routing is many small kernels and runs beside the block states, quantisation is traffic and runs beside their sum.
-    routing = quantising = None
+    # Routing is many small kernels and runs beside the block states; Z and quantisation are traffic and run beside the product,
+    # which is arithmetic.
+    routing = Beside(q)
     if mask is None:
         chosen = empty_route(B * H, rows, blocks, s.kept, q.dtype, q.device)
-        routing = Beside(q)
         with routing:
-            route(*pooled_queries, pooled, mean, projections, s.kept, chosen)
+            route(pool(q, s.block_q), pooled, mean, projections, s.kept, chosen)
     else:
         chosen = Route(mask.flatten(0, 1), lookup(mask), padded(~mask, k.dtype))
     largest = low.v_largest if low is not None and low.low_values else None
     h, z = linear.block_states(k, v, s.block_k, s.feature_map, mean if s.smooth_phi else None, largest)
+    total = torch.empty(B * H, rows, D, dtype=torch.float32, device=q.device)
+    if mask is None:
+        routing.done()
+    summing = Beside(q)
+    with summing:
+        remaining(z, chosen.tables, blocks, total)
     if low is not None:
-        quantising = Beside(q)
+        quantising = Beside(q, lane=1)
         with quantising:
             quantise_keys_values(k, v, mean, low, permuted=on_hopper)
-    if routing:
-        routing.done()
     state = product(chosen.weight, h.flatten(2)).view(B * H, -1, D, D)
-    total = remaining(z, chosen.tables, blocks)
-    if quantising:
+    summing.done()
+    if low is not None:
         quantising.done()
     o, o_sparse, lse = both_branches(q, k, v, chosen.tables, state, total, alpha, low, s, save)
     return o, Saved(o_sparse, lse, chosen.mask.unflatten(0, (B, H)), state, total, mean)

@@ -21,24 +21,13 @@ from sla2_kernels.product import padded_length, product
 
 
 @triton.jit
-def pool_block(x, pooled, i_t, i_bh, stride_b, stride_h, stride_n, H, N, blocks, D: tl.constexpr, BD: tl.constexpr,
-               BLOCK: tl.constexpr):  # fmt: skip
-    """Mean of a block's tokens."""
-    if i_t < blocks:
-        rows, columns = i_t * BLOCK + tl.arange(0, BLOCK), tl.arange(0, BD)
-        tile = load_tile(x + head_offset(i_bh, H, stride_b, stride_h), rows, stride_n, N, D, BD, True)  # [BLOCK, BD]
-        mean = tl.sum(tile.to(tl.float32), 0) / tl.minimum(BLOCK, N - i_t * BLOCK)
-        tl.store(pooled + (i_bh.to(tl.int64) * blocks + i_t) * D + columns, mean, mask=columns < D)
-
-
-@triton.jit
-def _pool_kernel(x, y, pooled_x, pooled_y, stride_xb, stride_xh, stride_xn, stride_yb, stride_yh, stride_yn, H, N_x, N_y,
-                 T_x, T_y, D: tl.constexpr, BD: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_Y: tl.constexpr):  # fmt: skip
-    i_t, i_bh, which = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    if which == 0:
-        pool_block(x, pooled_x, i_t, i_bh, stride_xb, stride_xh, stride_xn, H, N_x, T_x, D, BD, BLOCK_X)
-    else:
-        pool_block(y, pooled_y, i_t, i_bh, stride_yb, stride_yh, stride_yn, H, N_y, T_y, D, BD, BLOCK_Y)
+def _pool_kernel(x, pooled, stride_b, stride_h, stride_n, H, N, blocks, D: tl.constexpr, BD: tl.constexpr,
+                 BLOCK: tl.constexpr):  # fmt: skip
+    i_t, i_bh = tl.program_id(0), tl.program_id(1)
+    rows, columns = i_t * BLOCK + tl.arange(0, BLOCK), tl.arange(0, BD)
+    tile = load_tile(x + head_offset(i_bh, H, stride_b, stride_h), rows, stride_n, N, D, BD, True)  # [BLOCK, BD]
+    mean = tl.sum(tile.to(tl.float32), 0) / tl.minimum(BLOCK, N - i_t * BLOCK)
+    tl.store(pooled + (i_bh.to(tl.int64) * blocks + i_t) * D + columns, mean, mask=columns < D)
 
 
 @triton.jit
@@ -80,25 +69,14 @@ def _top_k_kernel(scores, mask, weight, table, count, kept, entries, length, WID
     tl.store(count + line, kept)
 
 
-def pool(*parts: tuple[Tensor, int]) -> list[Tensor]:
-    """Block means, (B * H, T, D) fp32 each, of one or two tensors in one launch.
-
-    Args:
-        parts: tensor (B, H, N, D), both of one B, H and D; tokens of a block.
-    """
-    x, y = (parts + parts[:1])[:2]
-    B, H, _, D = x[0].shape
-    pooled = [
-        torch.empty(B * H, triton.cdiv(t.shape[2], block), D, dtype=torch.float32, device=t.device)
-        for t, block in parts
-    ]
-    out = (pooled + pooled[:1])[:2]
-    lengths = [t.shape[1] for t in out]
-    with on_device(x[0]):
-        # H100, 480p: 0.087 ms with two warps, 0.100 with four, 0.117 with eight.
-        _pool_kernel[(max(lengths), B * H, len(parts))](
-            x[0], y[0], *out, *x[0].stride()[:3], *y[0].stride()[:3], H, x[0].shape[2], y[0].shape[2], *lengths, D=D,
-            BD=power_of_two(D), BLOCK_X=x[1], BLOCK_Y=y[1], num_warps=2)  # fmt: skip
+def pool(x: Tensor, block: int) -> Tensor:
+    """Means (B * H, T, D) fp32 over blocks of `block` tokens of x (B, H, N, D)."""
+    B, H, N, D = x.shape
+    pooled = torch.empty(B * H, triton.cdiv(N, block), D, dtype=torch.float32, device=x.device)
+    with on_device(x):
+        # H100, 480p: 0.087 ms for Q and K with two warps, 0.100 with four, 0.117 with eight.
+        _pool_kernel[(pooled.shape[1], B * H)](
+            x, pooled, *x.stride()[:3], H, N, pooled.shape[1], D=D, BD=power_of_two(D), BLOCK=block, num_warps=2)  # fmt: skip
     return pooled
 
 

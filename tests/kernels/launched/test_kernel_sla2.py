@@ -112,7 +112,7 @@ def test_routing_keeps_the_largest_scores():
     case = Case(1000, 64, 128, 64, 3) if DEVICE == "cuda" else SMALL
     q, k, _, _ = draw(case, torch.bfloat16)
     projections = tuple(torch.randn(case.D, case.D, generator=seed()).to(DEVICE) for _ in range(2))
-    pooled, pooled_queries = routing.pool((k, case.block_k), (q, case.block_q))
+    pooled, pooled_queries = routing.pool(k, case.block_k), routing.pool(q, case.block_q)
     mean = routing.key_mean(pooled, case.N, case.block_k)
     torch.testing.assert_close(mean, k.float().mean(-2).flatten(0, 1), rtol=1e-4, atol=1e-5)
     route = routing.empty_route(case.B * case.H, *case.grid[2:], case.kept, q.dtype, q.device)
