@@ -8,7 +8,7 @@ CAPTIONS = {
     "Intervals of two rows may overlap although their paired difference is resolved: judge by the fill, or by the next figure.",
     "paired_differences": "Difference to the reference on the same prompts, seeds and initial noise. Filled: the interval leaves "
     "out 0, also after correction for the number of metrics. Half-filled: the whole interval lies inside the margin (shaded) that was "
-    "set before the run. Hollow: neither, so this study does not tell the two apart.",
+    "set before the run. Filled below: every pair is identical. Hollow: none of these, so this study does not tell the two apart.",
     "pareto": "Quality against speed. The grey staircase joins rows that no other row beats in both. FLOPs are counted at the "
     "blocks that were kept; speed-ups are measured against dense attention in the same process on the device named above the panel.",
     "attention_error_by_layer": "Each layer's attention against dense attention on the same Q, K and V of held-out clips, so an "

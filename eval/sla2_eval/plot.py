@@ -50,7 +50,7 @@ RULES = {
 plt.rcParams.update(RULES)
 
 # How a marker is filled says how its difference to the reference stands; "" where there is none to stand.
-FILLS = {"resolved": "full", "reference": "full", "": "full", "equivalent": "left"}
+FILLS = {"resolved": "full", "reference": "full", "": "full", "equivalent": "left", "identical": "bottom"}
 
 
 def run(draw: Callable[[TableSet], Figure], about: str) -> None:
@@ -161,7 +161,7 @@ def fill(row: dict) -> str:
 
 def fill_legend(reference: str) -> list[Line2D]:
     """Legend entries that explain `fill`."""
-    texts = {"full": "resolved", "left": "equivalent", "none": "not resolved"}
+    texts = {"full": "resolved", "left": "equivalent", "bottom": "identical", "none": "not resolved"}
     look = {"color": "#444444", "marker": "o", "linestyle": "none", "markersize": 6, "markerfacecoloralt": "white"}
     heading = Line2D([], [], linestyle="none", label=f"vs {style(reference).label}:")
     return [heading, *(Line2D([], [], fillstyle=name, label=text, **look) for name, text in texts.items())]

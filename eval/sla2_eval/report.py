@@ -21,8 +21,15 @@ from sla2_eval.shown import on_page
 from sla2_eval.table_set import SUMMARIES, TableSet
 
 PAPER_MARKS = {paper.REPRODUCED: "✓", paper.DIFFERS: "≠", paper.CANNOT: "–"}
-CLAIM_MARKS = {"reproduced": "✓", "reversed": "≠", "no difference": "=", "not resolved": "○", "cannot": "–"}
-MARKS = {"resolved": "●", "equivalent": "◐", "reference": "ref", "": ""}
+CLAIM_MARKS = {
+    "reproduced": "✓",
+    "reversed": "≠",
+    "no difference": "=",
+    "identical": "≡",
+    "not resolved": "○",
+    "cannot": "–",
+}
+MARKS = {"resolved": "●", "equivalent": "◐", "identical": "≡", "reference": "ref", "": ""}
 
 
 def main() -> None:
@@ -162,12 +169,12 @@ def verdicts(tables: TableSet) -> dict:
         if row["verdict"] not in ("", "reference")
     ]
     resolved = [row for row in compared if row["verdict"] == "resolved"]
-    equivalent = sum(row["verdict"] == "equivalent" for row in compared)
+    count = {word: sum(row["verdict"] == word for row in compared) for word in ("equivalent", "identical")}
     return {
         "count": len(compared),
         "resolved": resolved,
-        "equivalent": equivalent,
-        "unresolved": len(compared) - len(resolved) - equivalent,
+        **count,
+        "unresolved": len(compared) - len(resolved) - sum(count.values()),
     }
 
 

@@ -3,28 +3,32 @@
 The unit is the prompt; sampling seeds are nested in it; training seeds, where there are several, are crossed with prompts.
 A value array has the axes (T, P, S): training seeds, prompts, sampling seeds; NaN marks what could not be measured.
 
-Interval: a two-level bootstrap (prompts with replacement, within each its seeds with replacement) gives the shape. Its width
-is known to be wrong: too small by (P - 1) / P at the first level, too large at the second, where noise that the first level
-already carries is drawn again; and two or three training seeds are too few to be resampled. So deviations from the mean are
-scaled until their standard deviation is the unbiased one of the two-way random model and their tails are Student's:
+Interval: a two-level bootstrap (prompts with replacement, within each its seeds with replacement) gives the shape. Its quantiles
+are bias-corrected and accelerated (BCa, Efron 1987, as in `scipy.stats.bootstrap`), since those of a skewed metric miss on one
+side otherwise. Its width is known to be wrong: too small by (P - 1) / P at the first level, too large at the second, where noise
+that the first level already carries is drawn again; and two or three training seeds are too few to be resampled. So deviations
+from the mean are scaled until their standard deviation is the unbiased one of the two-way random model and their tails are Student's:
 
     V_prompts  = s_P^2 / P                                s_P^2: variance of prompt means
     V_training = max(0, s_T^2 / T - s_PT^2 / (P T))       s_T^2: of training-seed means; s_PT^2: of what is left
     se^2 = V_prompts + V_training,   df = se^4 / (V_prompts^2 / (P - 1) + V_training^2 / (T - 1))     (Satterthwaite)
 
 With one training seed that is s_P / sqrt(P) with P - 1 degrees of freedom, the paired t test on prompt means, and the interval
-says nothing about another training run. Simulated coverage of a 95 % interval is 93 to 97 %, from 6 prompts on, skewed and 0/1
-values included; it falls to 86 % when two training seeds differ much more than prompts do: train three.
+says nothing about another training run. Simulated coverage of a 95 % interval is 93 to 97 % from 6 prompts on, where prompts and
+seeds are normal or exponential, and from 24 prompts on for 0/1 values; with fewer prompts those take too few values, and it is
+up to 99.8 %. It falls to 86 % when two training seeds differ much more than prompts do: train three.
 numpy and scipy only; equal seeds give equal numbers.
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
-from scipy.special import ndtri, stdtr, stdtrit
+from scipy.special import ndtr, ndtri, stdtr, stdtrit
 
-CHUNK = 4_000_000  # values resampled at once: 32 MB
+CHUNK = 8_000_000  # values resampled at once: 64 MB
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +42,7 @@ class Estimate:
         n_prompts, n_train_seeds: those with a value; n_seeds: most sampling seeds of a prompt; n_values: cells with a value.
         sd_seeds: standard deviation between sampling seeds of one prompt and training seed, pooled.
         sd_train_seeds: standard deviation between means of training seeds.
+        all_zero: every value is exactly 0: of paired differences, all pairs are identical.
     """
 
     mean: float | None
@@ -50,6 +55,7 @@ class Estimate:
     n_values: int = 0
     sd_seeds: float | None = None
     sd_train_seeds: float | None = None
+    all_zero: bool = False
     reason: str = ""
 
 
@@ -76,6 +82,7 @@ def estimate(values: np.ndarray, *, draws: int = 10_000, confidence: float = 0.9
         "n_values": int(known.sum()),
         "sd_seeds": _sd_seeds(values),
         "sd_train_seeds": _sd_train_seeds(values),
+        "all_zero": not values[known].any(),
     }
     if values.shape[1] < 2:
         return Estimate(**facts, reason="no interval: fewer than two prompts")
@@ -112,13 +119,16 @@ def holm(p_values: list[float | None]) -> list[float | None]:
 
 
 def verdict(found: Estimate, p_holm: float | None, margin: float | None, confidence: float = 0.95) -> str:
-    """`equivalent`, `resolved` or `not resolved at n=<prompts>`, of a paired difference.
+    """`identical`, `equivalent`, `resolved` or `not resolved at n=<prompts>`, of a paired difference; empty where nothing was paired by prompt.
 
+    identical: every pair is, to the last bit. What does not vary has no interval, so nothing is claimed of other prompts.
     equivalent: the whole interval lies within the margin, also when it leaves out 0: a difference too small to matter.
     resolved: the interval leaves out 0 and so does the test corrected over the metrics.
     """
-    if found.mean is None:
+    if found.mean is None or not found.n_prompts:
         return ""
+    if found.all_zero:
+        return "identical"
     if found.low is None or found.high is None:
         return f"not resolved at n={found.n_prompts}"
     if margin is not None and -margin < found.low and found.high < margin:
@@ -131,16 +141,29 @@ def verdict(found: Estimate, p_holm: float | None, margin: float | None, confide
 def bootstrap_means(values: np.ndarray, draws: int, seed: int) -> np.ndarray:
     """Means (draws,) of two-level resamples of (T, P, S); see the module's docstring."""
     cells = _mean(values, 0)  # (P, S)
-    prompts, seeds = cells.shape
+    if draws * cells.size <= CHUNK and np.isfinite(cells).all():
+        return _weights(*cells.shape, draws, seed) @ cells.reshape(-1)
+    chosen = _resamples(*cells.shape, draws, seed)
+    return np.concatenate([_mean(_mean(cells.reshape(-1)[places], -1), -1) for places in chosen])
+
+
+def _resamples(prompts: int, seeds: int, draws: int, seed: int) -> Iterator[np.ndarray]:
+    """Which of the P S cells each draw takes, (draws, P, S), in chunks."""
     rng = np.random.default_rng(seed)
-    chunk = max(1, CHUNK // cells.size)
-    means = []
+    chunk = max(1, CHUNK // (prompts * seeds))
     for start in range(0, draws, chunk):
         count = min(chunk, draws - start)
         chosen = rng.integers(prompts, size=(count, prompts, 1)) * seeds
-        chosen = chosen + rng.integers(seeds, size=(count, prompts, seeds))
-        means.append(_mean(_mean(cells.reshape(-1)[chosen], -1), -1))
-    return np.concatenate(means)
+        yield chosen + rng.integers(seeds, size=(count, prompts, seeds))
+
+
+@lru_cache(maxsize=4)
+def _weights(prompts: int, seeds: int, draws: int, seed: int) -> np.ndarray:
+    """Weight of every cell in the mean of every draw, (draws, P S): all metrics of a study that miss nothing share these."""
+    cells = prompts * seeds
+    (chosen,) = _resamples(prompts, seeds, draws, seed)
+    places = chosen.reshape(draws, cells) + cells * np.arange(draws)[:, None]
+    return np.bincount(places.reshape(-1), minlength=draws * cells).reshape(draws, cells) / cells
 
 
 def _interval(
@@ -151,12 +174,26 @@ def _interval(
     tail = (1 - confidence) / 2
     # Both factors: from the bootstrap's spread to the unbiased one, and from normal quantiles to Student's.
     scale = error / means.std() * stdtrit(freedom, 1 - tail) / ndtri(1 - tail)
-    low, high = mean + scale * (np.quantile(means, [tail, 1 - tail]) - mean)
+    low, high = mean + scale * (np.quantile(means, bca_levels(values, mean, means, tail)) - mean)
     known = values[np.isfinite(values)]
     for possible in ((0, 1), (-1, 0, 1)):  # a share, a difference of shares
         if np.isin(known, possible).all():
             return float(max(low, possible[0])), float(min(high, 1))
     return float(low), float(high)
+
+
+def bca_levels(values: np.ndarray, mean: float, means: np.ndarray, tail: float) -> np.ndarray:
+    """Levels (2,) at which to read the bootstrap's `means` for an interval that leaves out `tail` on each side (Efron 1987).
+
+    Bias correction z0: how far the bootstrap's median is from the mean; acceleration a: a sixth of the skewness of the mean, by the
+    jackknife over prompts.
+    """
+    away = _mean(_mean(values, 0), -1) - mean  # of prompts
+    acceleration = (away**3).sum() / (6 * (away**2).sum() ** 1.5)
+    rounding = 1e-9 * means.std()
+    bias = ndtri(((means < mean - rounding).mean() + (means <= mean + rounding).mean()) / 2)
+    z = bias + ndtri([tail, 1 - tail])
+    return ndtr(bias + z / (1 - acceleration * z))
 
 
 def _standard_error(values: np.ndarray) -> tuple[float, float]:

@@ -9,7 +9,8 @@ sd_seeds, sd_train_seeds           spread between sampling seeds of a prompt; be
 reference                          the row that the difference is taken to
 difference, difference_low, difference_high    mean of paired differences, this row minus the reference
 p_value, p_holm                    of difference = 0; corrected over the metrics of this row, headline ones and others apart
-margin, verdict, effect            `sla2_eval.stats.verdict`; effect: better, worse, higher or lower, where resolved
+margin, verdict, effect            `sla2_eval.stats.verdict`; effect: better, worse, higher or lower, where resolved. What is of a layer
+                                   or a machine, not of videos, has a difference and no verdict: there are no prompts to pair
 backend, reason                    what computed it; why a value or an interval is missing
 """
 
@@ -138,7 +139,7 @@ def _row(cells: dict[tuple, Cell], key: tuple, sheet: dict[str, dict], settings:
         return row | {"verdict": "reference"}, None
     if reference is None or found.mean is None:
         return row, None
-    paired = estimate(paired_values(cell, reference, sheet, variant, settings["reference"]), **options)
+    paired = explained(estimate(paired_values(cell, reference, sheet, variant, settings["reference"]), **options), cell)
     row |= {
         "reference": settings["reference"],
         "difference": paired.mean,

@@ -61,8 +61,9 @@ def test_paired_difference_against_scipy(values):
     assert row["p_value"] == pytest.approx(scipy_stats.ttest_1samp(per_prompt, 0).pvalue)
 
 
-def test_interval_is_the_t_interval_of_prompt_means(values):
-    dense, sparse = values
+def test_interval_of_symmetric_prompts_is_the_t_interval_of_their_means(values):
+    dense, _ = values
+    sparse = dense - 1 + np.array([-0.5, -0.3, -0.1, 0.1, 0.3, 0.5])[None, :, None]
     row = summary(records(dense, "full"), records(sparse, "sla2-90"), draws=20000)["sla2-90", "m", None]
     per_prompt = (sparse - dense)[0].mean(axis=1)
     interval = scipy_stats.t.interval(0.95, 5, per_prompt.mean(), scipy_stats.sem(per_prompt))
@@ -88,6 +89,26 @@ def test_pairs_only_what_both_sides_have(values):
     dense[0, 0, 0] = sparse[0, 1, 1] = np.nan
     row = summary(records(dense, "full"), records(sparse, "sla2-90"))["sla2-90", "m", None]
     assert row["difference"] == pytest.approx(np.nanmean(np.nanmean((sparse - dense)[0], axis=1)))
+
+
+def test_pairs_that_are_identical_are_called_so(values):
+    dense, _ = values
+    for margins in ({}, {"m": 5.0}):
+        row = summary(records(dense, "full"), records(dense, "sla2-90"), draws=2000, margins=margins)[
+            "sla2-90", "m", None
+        ]
+        assert (row["verdict"], row["difference"], row["effect"]) == ("identical", 0.0, "")
+
+
+def test_what_is_measured_of_layers_has_a_difference_and_no_verdict():
+    made = [
+        Record(study="hand", variant=name, metric="m", value=value + layer, layer=layer)
+        for name, value in (("full", 1.0), ("sla2-90", 3.0))
+        for layer in range(2)
+    ]
+    row = summary(made, draws=2000)["sla2-90", "m", None]
+    assert (row["difference"], row["n_prompts"], row["verdict"]) == (2.0, 0, "")
+    assert row["reason"] == "no interval: not measured per prompt"
 
 
 def test_missing_values_are_counted_and_named(values):
