@@ -57,8 +57,8 @@ def parse(docstring: str) -> list[Card]:
     cards = []
     for text in docstring.split("Card: ")[1:]:
         text = re.split(r"\n\s*\n(?:Args|Raises|Returns):", text)[0]
-        head, _, body = text.partition("\n")
-        parts = _FIELD.split(" ".join(body.split()))
+        head, *body = re.split(r"(?=Definition: )", " ".join(text.split()), maxsplit=1)
+        parts = _FIELD.split(" ".join(body))
         fields = OPTIONAL | dict(zip(parts[1::2], (part.strip() for part in parts[2::2]), strict=True))
         kind = next((label for word, label in KINDS.items() if head.rstrip(". ").endswith(word)), "own definition")
         cards += [Card(name, kind, fields) for name in re.findall(r"`([\w.]+)`", head)]

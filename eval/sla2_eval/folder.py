@@ -23,7 +23,8 @@ from sla2_eval.video_scores import FIDELITY, Measured, VideoScores
 
 VIDEOS = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v", ".gif")
 COLUMNS = ("video", "prompt", "metric", "value", "unit", "higher_is_better", "backend", "reason")
-OF_STUDIES = ("attention.", "sparsity.", "floor.", "proxy.kid")  # of a model's layers, or of several videos together
+# Of a model's layers, of several videos together, or measured by VBench itself.
+OF_STUDIES = ("attention.", "sparsity.", "floor.", "proxy.kid", "vbench_official.")
 PACKAGES = ("av", "numpy", "open-clip-torch", "opencv-python-headless", "torch", "torchmetrics")
 VERSION = 1  # of what a finished video's note holds; another one is scored again
 

@@ -47,7 +47,7 @@ def main() -> None:
 
 def official(tables: TableSet) -> dict:
     """What a study measured of the metrics that the paper reports, for `sla2_eval.paper`."""
-    rows = [row for row in tables.rows("quality") if row["metric"].startswith(("vbench.", "vision_reward"))]
+    rows = [row for row in tables.rows("quality") if row["metric"].startswith(paper.OF_PAPER)]
     values = {
         (row["variant"], row["metric"]): (row["mean"], row["ci_low"], row["ci_high"])
         for row in rows

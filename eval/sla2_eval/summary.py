@@ -53,7 +53,7 @@ def summarise(records: list[Record], settings: dict) -> list[dict]:
         settings: config section `report` with `seed` and `variants` (rows of the sheet).
 
     Raises:
-        UserError: when a record stands twice or is of a variant that the sheet lacks.
+        UserError: when a record stands twice, is of a variant that the sheet lacks, or has a training seed that its row cannot have.
     """
     sheet = {row["variant"]: row for row in settings["variants"]}
     cells = cells_of(records, sheet)
@@ -75,12 +75,17 @@ def cells_of(records: list[Record], sheet: dict[str, dict]) -> dict[tuple, Cell]
     """Cells by variant, metric and layer; with layer None the mean over layers where there are any.
 
     Raises:
-        UserError: when a record stands twice or is of a variant that the sheet lacks.
+        UserError: when a record stands twice, is of a variant that the sheet lacks, or has a training seed that its row cannot have.
     """
     cells: dict[tuple, Cell] = {}
     for record in records:
         if record.variant not in sheet:
             raise UserError(f"records of '{record.variant}': the sheet has no such row; delete them or add the row")
+        if record.train_seed is not None and not sheet[record.variant]["finetune"]:
+            raise UserError(
+                f"records of '{record.variant}' {record.metric}: training seed {record.train_seed}, but the sheet says that this row is "
+                "not fine-tuned; run the step that wrote them again"
+            )
         cell = cells.setdefault((record.variant, record.metric, record.layer), Cell({}, record, []))
         place = (record.train_seed, record.prompt_id, record.seed)
         if place in cell.values:

@@ -11,7 +11,7 @@ from scipy import stats as scipy_stats
 
 from sla2.errors import UserError
 from sla2.record import Record, read_records, write_records
-from sla2_eval import tables
+from sla2_eval import tables, vbench_files
 from sla2_eval.summary import COLUMNS, summarise
 from sla2_eval.table_set import TableSet
 
@@ -197,20 +197,25 @@ def test_record_without_value_needs_a_reason(tmp_path):
     assert read_records(tmp_path / "r.csv") == kept
 
 
-def test_what_another_file_measured_is_not_absent():
-    def record(variant, value, prompt=None, metric="vbench.imaging_quality", reason=""):
-        return Record(
-            study="s",
-            variant=variant,
-            metric=metric,
-            value=value,
-            prompt_id=prompt,
-            seed=0 if prompt else None,
-            reason=reason,
-        )
+def test_what_vbench_measured_stands_beside_our_port():
+    """An import and our own record of one video are two metrics, each with its own mean."""
+    about = {"study": "s", "variant": "base", "prompt_id": "p1", "seed": 0}
+    ours = Record(metric="vbench.temporal_flickering", value=0.9, **about)
+    exact = Record(metric="temporal_flickering", value=0.8, **about)
+    theirs = vbench_files.record({**about, "train_seed": None}, "temporal_flickering", 0.6)
+    rows = summary([ours, exact, theirs], variants=[{"variant": "base", "finetune": False}])
+    means = {metric: (row["mean"], row["n_train_seeds"]) for (_, metric, _), row in rows.items()}
+    assert means == {
+        "vbench.temporal_flickering": (0.9, 1),
+        "temporal_flickering": (0.8, 1),
+        "vbench_official.temporal_flickering": (0.6, 1),
+    }
 
-    absent = record("full", None, reason="not available: needs the weights")
-    other = record("base", None, reason="not available: needs the weights")
-    undefined = record("full", None, "p2", reason="undefined: too short")
-    found = tables.measured_elsewhere([absent, other, record("full", 0.7, "p1"), undefined])
-    assert found == [other, record("full", 0.7, "p1"), undefined]
+
+def test_a_row_that_was_not_trained_has_no_training_seed():
+    """Else records of one video with seed 0 and with none would be averaged as two training runs."""
+    one = records(np.ones((1, 2, 1)), "full")
+    with pytest.raises(
+        UserError, match="'full' m: training seed 0, but the sheet says that this row is not fine-tuned"
+    ):
+        summary(one, variants=[{"variant": "full", "finetune": False}])
