@@ -16,6 +16,7 @@ from sla2_eval import paper
 from sla2_eval.captions import CAPTIONS
 from sla2_eval.cards import add_measured, read_cards
 from sla2_eval.cards import page as cards_page
+from sla2_eval.floors import DISTANCES, KERNEL, SEEDS, change, floor_of
 from sla2_eval.palette import style
 from sla2_eval.shown import on_page
 from sla2_eval.table_set import SUMMARIES, TableSet
@@ -74,6 +75,7 @@ def write_page(tables: TableSet, figures: Path, videos: Path, cells: list[paper.
         metrics=tables.study["headline"],
         directions={metric: tables.direction(metric) for metric in tables.study["headline"]},
         rows=table_rows(tables),
+        floors=floor_rows(tables),
         verdicts=verdicts(tables),
         limits=limits(tables),
         captions=CAPTIONS,
@@ -158,6 +160,36 @@ def table_rows(tables: TableSet) -> list[dict]:
                 cells.append({"row": row, "mark": MARKS.get(row["verdict"], "○")})
         lines.append({"variant": name, "sheet": sheet, "cells": cells})
     return lines
+
+
+def floor_rows(tables: TableSet) -> list[dict]:
+    """Noise floors below the main table: per kind its headline cells, each with `text` or None, and `note`, how or why not."""
+    lines = []
+    for what in (SEEDS, KERNEL):
+        cells = [floor_cell(tables, metric, what) for metric in tables.study["headline"]]
+        lines.append({"what": what, "cells": cells})
+    return lines
+
+
+def floor_cell(tables: TableSet, metric: str, what: str) -> dict:
+    """What dense attention, run once more in this way, shows in a metric, or why it is not known."""
+    floor = floor_of(tables, metric)
+    if floor and floor.measured and floor.what == what:
+        ends = None if floor.low is None else f"{number(floor.low, 3)} … {number(floor.high, 3)}"
+        return {"text": number(floor.mean), "ends": ends, "note": "its distance to the dense model, measured"}
+    if what == KERNEL:
+        return {
+            "text": None,
+            "note": "no videos are generated with a second dense kernel; its error is measured on attention",
+        }
+    width = None if metric in DISTANCES else change(tables, metric)
+    if width is None:
+        return {"text": None, "note": "the reference has no value, no second seed, or no spread between seeds"}
+    return {
+        "text": f"± {number(width, 3)}",
+        "ends": None,
+        "note": "how far other seeds alone move the mean, from the reference's spread",
+    }
 
 
 def verdicts(tables: TableSet) -> dict:
