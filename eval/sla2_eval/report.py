@@ -91,7 +91,7 @@ def write_page(tables: TableSet, figures: Path, videos: Path, cells: list[paper.
     )
     (folder / "index.html").write_text(page, encoding="utf-8")
     cards = read_cards()
-    add_measured(cards, tables.rows("validity"))
+    add_measured(cards, tables.rows("validity"), limits(tables)["absent"])
     (folder / "cards.html").write_text(cards_page(cards), encoding="utf-8")
 
 
