@@ -11,7 +11,8 @@ difference, difference_low, difference_high    mean of paired differences, this 
 p_value, p_holm                    of difference = 0; corrected over the metrics of this row, headline ones and others apart
 margin, verdict, effect            `sla2_eval.stats.verdict`; effect: better, worse, higher or lower, where resolved. What is of a layer
                                    or a machine, not of videos, has a difference and no verdict: there are no prompts to pair
-backend, reason                    what computed it; why a value or an interval is missing
+backend                            what computed it
+status, reason                     of the mean: ok, not_available or undefined (`sla2.record.status_of`); why a value or an interval is missing
 """
 
 from dataclasses import dataclass, replace
@@ -19,7 +20,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from sla2.errors import UserError
-from sla2.record import Record
+from sla2.record import NOT_AVAILABLE, OK, Record, status_of
 from sla2_eval.stats import Estimate, difference, estimate, holm, verdict
 
 COLUMNS = (
@@ -27,7 +28,7 @@ COLUMNS = (
     "mean", "ci_low", "ci_high", "unit", "higher_is_better",
     "n_prompts", "n_seeds", "n_train_seeds", "n_values", "n_undefined", "sd_seeds", "sd_train_seeds",
     "reference", "difference", "difference_low", "difference_high", "p_value", "p_holm", "margin",
-    "verdict", "effect", "backend", "reason",
+    "verdict", "effect", "backend", "status", "reason",
 )  # fmt: skip
 
 
@@ -138,6 +139,7 @@ def _row(cells: dict[tuple, Cell], key: tuple, sheet: dict[str, dict], settings:
         "sd_seeds": found.sd_seeds,
         "sd_train_seeds": found.sd_train_seeds,
         "backend": cell.example.backend,
+        "status": status(found, cell),
         "reason": "; ".join(filter(None, reasons)),
     }
     if variant == settings["reference"]:
@@ -154,6 +156,12 @@ def _row(cells: dict[tuple, Cell], key: tuple, sheet: dict[str, dict], settings:
         "margin": settings["margins"].get(metric),
     }
     return row, paired
+
+
+def status(found: Estimate, cell: Cell) -> str:
+    """Of a mean; without one `undefined` only where every measurement was."""
+    kinds = {status_of(found.mean, reason) for reason in cell.reasons} or {OK}
+    return kinds.pop() if len(kinds) == 1 else NOT_AVAILABLE
 
 
 def explained(found: Estimate, cell: Cell) -> Estimate:

@@ -68,6 +68,8 @@ def test_all_metrics_without_a_network(videos, tmp_path, monkeypatch, capsys):
     for row in found.values():
         assert bool(row["value"]) != bool(row["reason"]), row
     assert found["a.mp4", "clip_score.vit_b32"]["prompt"] == "a cat"
+    assert {row["status"] for row in found.values() if row["value"]} == {"ok"}
+    assert {row["status"] for row in found.values() if not row["value"]} == {"not_available"}
     assert "ViT-B-32.pt" in found["a.mp4", "clip_score.vit_b32"]["reason"]
     assert found["a.mp4", "fidelity.psnr"]["reason"] == "no reference folder was given"
     assert {found["broken.mp4", metric]["reason"].split(":")[0] for metric in wanted} == {"unreadable"}
@@ -188,6 +190,7 @@ def test_vision_reward_is_another_program(videos, tmp_path):
     found = rows(out)
     assert float(found["a.mp4", "vision_reward"]["value"]) == 0.05
     assert found["b.mp4", "vision_reward"]["reason"] == "undefined: the command of vision_reward says: no cat"
+    assert found["b.mp4", "vision_reward"]["status"] == "undefined"
     assert found["more/c.mp4", "vision_reward"]["reason"] == "this video has no prompt"
 
 

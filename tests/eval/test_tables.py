@@ -117,9 +117,24 @@ def test_missing_values_are_counted_and_named(values):
     row = summary(records(dense, "full"), records(sparse, "sla2-90"))["sla2-90", "m", None]
     assert (row["n_values"], row["n_undefined"]) == (17, 1)
     assert row["reason"].startswith("1 of 18 without a value: frames are flat")
+    assert row["status"] == "ok"
     nothing = summary(records(np.full((1, 2, 2), np.nan), "full"))["full", "m", None]
+    assert nothing["status"] == "not_available"
     assert nothing["mean"] is None
     assert nothing["reason"] == "frames are flat"
+
+
+@pytest.mark.parametrize(
+    ("reasons", "status"),
+    [
+        (("undefined: too short", "undefined: the frame is flat"), "undefined"),
+        (("undefined: too short", "needs the weights"), "not_available"),
+    ],
+)
+def test_a_mean_is_undefined_where_every_measurement_is(reasons, status):
+    place = {"study": "hand", "variant": "full", "metric": "m", "value": None}
+    made = [Record(reason=reason, prompt_id=f"p{i}", seed=0, **place) for i, reason in enumerate(reasons)]
+    assert summary(made)["full", "m", None]["status"] == status
 
 
 def test_layer_means_refuse_a_missing_layer():
