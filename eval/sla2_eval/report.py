@@ -16,6 +16,7 @@ from sla2_eval import paper
 from sla2_eval.captions import CAPTIONS
 from sla2_eval.cards import add_measured, read_cards
 from sla2_eval.cards import page as cards_page
+from sla2_eval.efficiency import SPEEDS, efficiency, timed_on
 from sla2_eval.floors import DISTANCES, KERNEL, SEEDS, change, floor_of
 from sla2_eval.palette import style
 from sla2_eval.shown import on_page
@@ -76,6 +77,9 @@ def write_page(tables: TableSet, figures: Path, videos: Path, cells: list[paper.
         directions={metric: tables.direction(metric) for metric in tables.study["headline"]},
         rows=table_rows(tables),
         floors=floor_rows(tables),
+        efficiency=efficiency(tables),
+        speeds=SPEEDS,
+        timed_on=timed_on(tables),
         verdicts=verdicts(tables),
         limits=limits(tables),
         captions=CAPTIONS,
@@ -255,7 +259,7 @@ def number(value: float | None, digits: int = 4) -> str:
     """So many significant digits, for people."""
     if value is None:
         return "–"
-    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:#.{digits}g}" if value else "0"
+    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:#.{digits}g}".rstrip(".") if value else "0"
 
 
 if __name__ == "__main__":
