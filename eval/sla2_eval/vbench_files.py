@@ -79,6 +79,7 @@ def of_study(folder: Path) -> list[dict]:
                 "prompt": entry["text"],
                 "noise_sha256": entry["noise_sha256"],
                 "variant": whole.parent.name,
+                "row": settings["variant"],
                 "study": whole.parents[2].name if len(whole.parents) > 2 else "",
             }
         )
@@ -105,6 +106,7 @@ def of_folder(args: argparse.Namespace) -> list[dict]:
             "prompt": prompts[name].text,
             "noise_sha256": None,
             "variant": args.videos.resolve().name,
+            "row": None,  # of a sheet of variants
             "study": args.videos.resolve().name,
         }
         for name in names

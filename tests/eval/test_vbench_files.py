@@ -87,6 +87,7 @@ def test_folder_is_what_vbench_reads(exported):
     assert manifest["p0001-s1.mp4"]["fps"] == 16
     assert manifest["p0000-s0.mp4"]["variant"] == "full"
     assert manifest["p0000-s0.mp4"]["study"] == "study"
+    assert manifest["p0000-s0.mp4"]["row"] == {"finetune": True}
 
 
 def test_command_refuses_another_commit(exported, tmp_path):
