@@ -1,8 +1,11 @@
+import math
+
 import numpy as np
 import pytest
 from scipy import stats as scipy_stats
 
-from sla2_eval.stats import Estimate, bca_levels, bootstrap_means, difference, estimate, holm, verdict
+from sla2_eval.bootstrap import bca_levels, bootstrap_means
+from sla2_eval.stats import Estimate, Part, difference, estimate, half_width, holm, tail_of, verdict
 
 
 def draw(kind, rng, trainings=1, prompts=12, seeds=2, training_sd=0.0):
@@ -30,12 +33,15 @@ def draw(kind, rng, trainings=1, prompts=12, seeds=2, training_sd=0.0):
         ("share", {"prompts": 24, "seeds": 4}),
         ("normal", {"prompts": 24, "seeds": 4, "trainings": 3, "training_sd": 0.3}),
         ("normal", {"prompts": 6, "trainings": 2, "training_sd": 0.3}),
+        ("normal", {"prompts": 24, "seeds": 4, "trainings": 2, "training_sd": 1.0}),
+        ("normal", {"prompts": 24, "seeds": 4, "trainings": 3, "training_sd": 1.0}),
+        ("normal", {"prompts": 8, "trainings": 2, "training_sd": 3.0}),
     ],
 )
 def test_interval_covers_the_truth_as_often_as_it_says(kind, sizes):
     rng = np.random.default_rng(5)
     truth = 0.8 if kind == "share" else 1.0
-    found = [estimate(draw(kind, rng, **sizes)) for _ in range(4000)]
+    found = [estimate(draw(kind, rng, **sizes), draws=2000) for _ in range(8000)]
     covered = np.mean([e.low <= truth <= e.high for e in found])
     assert 0.93 <= covered <= 0.97
 
@@ -147,6 +153,33 @@ def test_training_seeds_that_differ_widen_the_interval():
     apart = values + np.array([-1.0, 0.0, 1.0])[:, None, None]
     width = [e.high - e.low for e in (estimate(values), estimate(apart))]
     assert width[1] > 2 * width[0]
+
+
+def test_p_value_of_several_training_seeds_is_that_of_the_interval():
+    """The test rejects at 5 % exactly where the interval, were it symmetric, leaves out 0."""
+    rng = np.random.default_rng(9)
+    values = draw("normal", rng, trainings=3, prompts=24, seeds=4) + np.array([-0.5, 0.0, 0.5])[:, None, None]
+    found = estimate(values)
+    half = (found.high - found.low) / 2
+    for distance in (0.9, 1.1):
+        moved = estimate(values - found.mean + distance * half)
+        assert (moved.p_value < 0.05) == (distance > 1)
+    assert estimate(values - found.mean + 1e9).p_value < 1e-9
+
+
+def test_parts_that_add_up_against_samples():
+    parts = [Part(0.5, 7), Part(2.0, 2)]
+    rng = np.random.default_rng(0)
+    added = sum(math.sqrt(part.variance) * rng.standard_t(part.freedom, 1_000_000) for part in parts)
+    for tail in (0.1, 0.025, 0.005):
+        width = half_width(parts, tail)
+        assert tail_of(parts)(width) == pytest.approx(tail)
+        assert (added > width).mean() == pytest.approx(tail, rel=0.04)
+    one = [Part(0.5, 7), Part(0.0, 2)]
+    assert half_width(one, 0.025) == pytest.approx(math.sqrt(0.5) * scipy_stats.t.ppf(0.975, 7))
+    assert tail_of(one)(2.0) == pytest.approx(scipy_stats.t.sf(2.0 / math.sqrt(0.5), 7))
+    tiny = [Part(0.5, 30), Part(1e-12, 2)]
+    assert tail_of(tiny)(5.0) == pytest.approx(scipy_stats.t.sf(5.0 / math.sqrt(0.5), 30), rel=1e-3), "far out, too"
 
 
 def test_difference_pairs_and_refuses_what_is_not_paired():
