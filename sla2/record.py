@@ -1,7 +1,7 @@
 """A measurement is one row; where it comes from stands beside it.
 
 `Record` fixes the columns of every score and latency file. An empty value needs a reason: tables count such rows and never
-average over them in silence.
+average over them in silence. Its `status` says which kind of reason that is.
 """
 
 import csv
@@ -32,6 +32,17 @@ PACKAGES = (
 )
 
 
+OK, NOT_AVAILABLE, UNDEFINED = "ok", "not_available", "undefined"
+
+
+def status_of(value: float | None, reason: str) -> str:
+    """`ok`; `undefined` where the metric's definition has no number for this input, whose reasons begin with that word; else
+    `not_available`: something that it needs is missing, such as weights, a prompt or a readable file."""
+    if value is not None:
+        return OK
+    return UNDEFINED if reason.startswith(UNDEFINED) else NOT_AVAILABLE
+
+
 @dataclass(frozen=True, kw_only=True)
 class Record:
     """One measurement.
@@ -59,6 +70,11 @@ class Record:
     seed: int | None = None
     layer: int | None = None
 
+    @property
+    def status(self) -> str:
+        """See `status_of`."""
+        return status_of(self.value, self.reason)
+
     def __post_init__(self) -> None:
         if self.value is None and not self.reason:
             raise ValueError(f"{self.variant} {self.metric}: a record without a value needs a reason")
@@ -80,8 +96,12 @@ COLUMNS = [
     "unit",
     "higher_is_better",
     "backend",
+    "status",
     "reason",
 ]
+WITHOUT_STATUS = [
+    name for name in COLUMNS if name != "status"
+]  # of studies published before there was one: it follows from the rest
 _INTEGERS = ("train_seed", "seed", "layer")
 
 
@@ -91,7 +111,7 @@ def write_records(path: str | Path, records: list[Record]) -> None:
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     writer.writeheader()
     for record in records:
-        row = asdict(record)
+        row = asdict(record) | {"status": record.status}
         row["higher_is_better"] = {True: "true", False: "false", None: ""}[record.higher_is_better]
         row["value"] = "" if record.value is None else repr(float(record.value))
         writer.writerow({name: "" if row[name] is None else row[name] for name in COLUMNS})
@@ -102,16 +122,25 @@ def read_records(path: str | Path) -> list[Record]:
     """Read what `write_records` wrote.
 
     Raises:
-        UserError: when the file is missing or its columns differ.
+        UserError: when the file is missing, its columns differ, or a status does not fit its value and reason.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such record file; run the step that writes it")
     with path.open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
-        if reader.fieldnames != list(COLUMNS):
-            raise UserError(f"{path}: columns are {reader.fieldnames}, expected {list(COLUMNS)}")
-        return [_parse(row) for row in reader]
+        if reader.fieldnames not in (COLUMNS, WITHOUT_STATUS):
+            raise UserError(f"{path}: columns are {reader.fieldnames}, expected {COLUMNS}")
+        records = []
+        for row in reader:
+            record = _parse(row)
+            if row.get("status", record.status) != record.status:
+                raise UserError(
+                    f"{path}:{reader.line_num}: status '{row['status']}' with value '{row['value']}' and reason '{row['reason']}'; "
+                    f"that is '{record.status}': run the step that writes this file"
+                )
+            records.append(record)
+        return records
 
 
 def _parse(row: dict[str, str]) -> Record:

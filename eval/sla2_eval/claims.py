@@ -10,12 +10,14 @@ That one row is better (`BETTER`) is a claim of superiority, its p value correct
     reproduced      the interval lies on the claimed side of 0, the corrected test agrees
     reversed        the same on the other side
     no difference   the whole interval lies within the metric's margin
+    identical       every pair is, to the last bit: there is no interval
     not resolved at n=<prompts>
 
 That one row is not much worse (`CLOSE`) is a claim of non-inferiority, judged by the margin alone, which is set before the run:
 
     reproduced      the interval leaves out a loss as large as the margin
     reversed        the whole interval is such a loss
+    identical       as above
     not resolved at n=<prompts>
 
 `cannot: <reason>` where the study has no such row, a metric has no value, interval or margin.
@@ -101,6 +103,8 @@ def _verdict(
     claim: Claim, found: Estimate, sign: int, p_holm: float | None, margin: float | None, confidence: float
 ) -> str:
     """The word for one metric; `sign` is 1 where higher is better, else -1."""
+    if found.all_zero and found.n_prompts:
+        return "identical"
     if found.low is None or found.high is None:
         return f"cannot: {found.reason or 'no interval'}"
     low, high = sorted((sign * found.low, sign * found.high))

@@ -16,16 +16,18 @@ from sla2.device import claim_device
 from sla2.errors import UserError
 from sla2.files import read_json, settings_hash, sha256_file, write_atomic, write_json
 from sla2.prompts import Prompt
+from sla2.record import status_of
 from sla2.video import read_video
 from sla2_eval.metrics.catalogue import METRICS
 from sla2_eval.official import Command, Official, WeightFile
 from sla2_eval.video_scores import FIDELITY, Measured, VideoScores
 
 VIDEOS = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v", ".gif")
-COLUMNS = ("video", "prompt", "metric", "value", "unit", "higher_is_better", "backend", "reason")
-OF_STUDIES = ("attention.", "sparsity.", "floor.", "proxy.kid")  # of a model's layers, or of several videos together
+COLUMNS = ("video", "prompt", "metric", "value", "unit", "higher_is_better", "backend", "status", "reason")
+# Of a model's layers, of several videos together, or measured by VBench itself.
+OF_STUDIES = ("attention.", "sparsity.", "floor.", "proxy.kid", "vbench_official.")
 PACKAGES = ("av", "numpy", "open-clip-torch", "opencv-python-headless", "torch", "torchmetrics")
-VERSION = 1  # of what a finished video's note holds; another one is scored again
+VERSION = 2  # of what a finished video's note holds; another one is scored again
 
 
 @dataclass(frozen=True)
@@ -230,6 +232,7 @@ def row(name: str, prompt: Prompt | None, measured: Measured) -> dict:
         "unit": about.unit,
         "higher_is_better": {True: "true", False: "false", None: ""}[about.higher_is_better],
         "backend": measured.backend,
+        "status": status_of(measured.value, measured.reason),
         "reason": measured.reason,
     }
 

@@ -5,7 +5,7 @@
 `paper.tsv` holds what the paper prints (arXiv 2602.12675, tables 1 and 2 and its speeds). FLOPs are compared as ratios to full attention, ours
 from the formula at the blocks that are really kept; the printed totals are of fewer layers than the models have. Speeds are
 those that `kernels/bench` and `sla2_eval.step_latency` measured on the GPU that their folder names. Quality needs the published model, its
-metrics' weights and the authors' private prompts, unless a study of that model brings `vbench.*` records.
+metrics' weights and the authors' private prompts, unless a study of that model brings records of VBench itself, or of its port here.
 """
 
 import argparse
@@ -32,6 +32,11 @@ WORDS = {
     "SLA2": {"attention": "sla2", "router": "learned", "mixing": "alpha"},
 }
 QUALITY = "needs the published Wan2.1 weights, the metric's weights and the authors' private prompts"
+MEASURED_BY = {
+    "vbench_official": "VBench itself",
+    "vbench": "the port of VBench here",
+}  # of a dimension, the first that a study has
+OF_PAPER = (*(f"{family}." for family in MEASURED_BY), "vision_reward")  # metrics that the paper reports
 UNKNOWN = "no such method is built here"
 
 
@@ -177,16 +182,26 @@ def attention_in_a_step(measured: list[dict], shape: str, sparsity: float) -> li
 def _quality(number: Number, study: dict | None) -> Cell:
     if study is None or not study["name"].lower().startswith(MODELS[number.model][4]):
         return Cell(number, CANNOT, None, QUALITY)
-    metric = "vision_reward" if number.quantity == "vision_reward" else f"vbench.{number.quantity}"
-    found = study["values"].get((variant_of(number), metric))
-    if found is None:
-        return Cell(number, CANNOT, None, f"study {study['name']} has no {metric} of {variant_of(number)}")
+    if number.quantity == "vision_reward":
+        sources = {"vision_reward": "the command of vision_reward"}
+    else:
+        sources = {f"{family}.{number.quantity}": by for family, by in MEASURED_BY.items()}
+    row = variant_of(number)
+    metric = next((name for name in sources if (row, name) in study["values"]), None)
+    if metric is None:
+        return Cell(number, CANNOT, None, f"study {study['name']} has no {' or '.join(sources)} of {row}")
+    found = study["values"][row, metric]
     scale = 100 if number.unit == "x100" else 1
     mean, low, high = (None if value is None else scale * value for value in found)
     if low is None:
         return Cell(number, CANNOT, mean, "too few prompts for an interval")
     status = REPRODUCED if low <= number.value <= high else DIFFERS
-    return Cell(number, status, mean, f"{mean:.4g} [{low:.4g}, {high:.4g}] on this study's prompts, not the paper's")
+    return Cell(
+        number,
+        status,
+        mean,
+        f"{mean:.4g} [{low:.4g}, {high:.4g}] by {sources[metric]}, on this study's prompts, not the paper's",
+    )
 
 
 def variant_of(number: Number) -> str:

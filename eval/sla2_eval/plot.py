@@ -18,9 +18,11 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 from sla2.files import atomic_path
+from sla2_eval.floors import KERNEL, SEEDS, change, floor_of
 from sla2_eval.palette import style
 from sla2_eval.table_set import TableSet
 
@@ -50,7 +52,7 @@ RULES = {
 plt.rcParams.update(RULES)
 
 # How a marker is filled says how its difference to the reference stands; "" where there is none to stand.
-FILLS = {"resolved": "full", "reference": "full", "": "full", "equivalent": "left"}
+FILLS = {"resolved": "full", "reference": "full", "": "full", "equivalent": "left", "identical": "bottom"}
 
 
 def run(draw: Callable[[TableSet], Figure], about: str) -> None:
@@ -95,15 +97,15 @@ def panels(count: int, columns: int, width: float, height: float, **options: obj
     return figure, axes[:count]
 
 
-def headline_panels(tables: TableSet) -> tuple[Figure, list[tuple[Axes, dict[str, dict]]]]:
-    """A titled panel per headline metric; those that have values, each with the rows of its metric by variant."""
+def headline_panels(tables: TableSet) -> tuple[Figure, list[tuple[Axes, str, dict[str, dict]]]]:
+    """A titled panel per headline metric; those that have values, each with its metric and the rows of that by variant."""
     metrics = [metric for metric in tables.study["headline"] if not metric.startswith("sparsity")]
     figure, axes = panels(len(metrics), 4, 2.9, 2.6)
     filled = []
     for ax, metric in zip(axes, metrics, strict=True):
         entitle(ax, tables, metric)
         if rows := tables.metric(metric):
-            filled.append((ax, rows))
+            filled.append((ax, metric, rows))
         else:
             say_missing(ax, tables, metric)
     return figure, filled
@@ -161,10 +163,47 @@ def fill(row: dict) -> str:
 
 def fill_legend(reference: str) -> list[Line2D]:
     """Legend entries that explain `fill`."""
-    texts = {"full": "resolved", "left": "equivalent", "none": "not resolved"}
+    texts = {"full": "resolved", "left": "equivalent", "bottom": "identical", "none": "not resolved"}
     look = {"color": "#444444", "marker": "o", "linestyle": "none", "markersize": 6, "markerfacecoloralt": "white"}
     heading = Line2D([], [], linestyle="none", label=f"vs {style(reference).label}:")
     return [heading, *(Line2D([], [], fillstyle=name, label=text, **look) for name, text in texts.items())]
+
+
+# Noise floors: a band that is hatched, as plain ones are intervals and margins; a line for a distance that was measured.
+FLOOR_BAND = {"facecolor": "none", "edgecolor": "#b0b0b0", "hatch": "////", "linewidth": 0, "zorder": 0}
+FLOOR_LINES = {SEEDS: {"color": "#555555", "linestyle": ":"}, KERNEL: {"color": "#555555", "linestyle": "-."}}
+
+
+def noise_floor(ax: Axes, tables: TableSet, metric: str, *, along: str = "y") -> None:
+    """Draw where dense attention, run once more, lies on the metric's axis `along`."""
+    floor = floor_of(tables, metric)
+    if floor is None:
+        return
+    if floor.measured:
+        (ax.axhline if along == "y" else ax.axvline)(floor.mean, linewidth=1.1, **FLOOR_LINES[floor.what])
+    else:
+        (ax.axhspan if along == "y" else ax.axvspan)(floor.low, floor.high, **FLOOR_BAND)
+
+
+def noise_change(ax: Axes, tables: TableSet, metric: str) -> None:
+    """Draw how far other seeds alone move a mean difference, to both sides of 0 on the x axis."""
+    if width := change(tables, metric):
+        ax.axvspan(-width, width, **FLOOR_BAND)
+
+
+def floor_legend(tables: TableSet, metrics: list[str]) -> list[Artist]:
+    """Legend entries of the noise floors of these metrics."""
+    floors = [floor for metric in metrics if (floor := floor_of(tables, metric))]
+    lines = dict.fromkeys(floor.what for floor in floors if floor.measured)
+    handles: list[Artist] = [Line2D([], [], label=f"floor: {what} (distance)", **FLOOR_LINES[what]) for what in lines]
+    if any(not floor.measured for floor in floors):
+        handles.append(change_legend())
+    return handles
+
+
+def change_legend() -> Artist:
+    """Legend entry of the hatched band."""
+    return Patch(label=f"floor: {SEEDS}", **FLOOR_BAND)
 
 
 def variant_handles(variants: list[str]) -> list[Line2D]:

@@ -16,13 +16,22 @@ from sla2_eval import paper
 from sla2_eval.captions import CAPTIONS
 from sla2_eval.cards import add_measured, read_cards
 from sla2_eval.cards import page as cards_page
+from sla2_eval.efficiency import SPEEDS, efficiency, timed_on
+from sla2_eval.floors import DISTANCES, KERNEL, SEEDS, change, floor_of
 from sla2_eval.palette import style
 from sla2_eval.shown import on_page
 from sla2_eval.table_set import SUMMARIES, TableSet
 
 PAPER_MARKS = {paper.REPRODUCED: "✓", paper.DIFFERS: "≠", paper.CANNOT: "–"}
-CLAIM_MARKS = {"reproduced": "✓", "reversed": "≠", "no difference": "=", "not resolved": "○", "cannot": "–"}
-MARKS = {"resolved": "●", "equivalent": "◐", "reference": "ref", "": ""}
+CLAIM_MARKS = {
+    "reproduced": "✓",
+    "reversed": "≠",
+    "no difference": "=",
+    "identical": "≡",
+    "not resolved": "○",
+    "cannot": "–",
+}
+MARKS = {"resolved": "●", "equivalent": "◐", "identical": "≡", "reference": "ref", "": ""}
 
 
 def main() -> None:
@@ -40,7 +49,7 @@ def main() -> None:
 
 def official(tables: TableSet) -> dict:
     """What a study measured of the metrics that the paper reports, for `sla2_eval.paper`."""
-    rows = [row for row in tables.rows("quality") if row["metric"].startswith(("vbench.", "vision_reward"))]
+    rows = [row for row in tables.rows("quality") if row["metric"].startswith(paper.OF_PAPER)]
     values = {
         (row["variant"], row["metric"]): (row["mean"], row["ci_low"], row["ci_high"])
         for row in rows
@@ -67,6 +76,10 @@ def write_page(tables: TableSet, figures: Path, videos: Path, cells: list[paper.
         metrics=tables.study["headline"],
         directions={metric: tables.direction(metric) for metric in tables.study["headline"]},
         rows=table_rows(tables),
+        floors=floor_rows(tables),
+        efficiency=efficiency(tables),
+        speeds=SPEEDS,
+        timed_on=timed_on(tables),
         verdicts=verdicts(tables),
         limits=limits(tables),
         captions=CAPTIONS,
@@ -82,7 +95,7 @@ def write_page(tables: TableSet, figures: Path, videos: Path, cells: list[paper.
     )
     (folder / "index.html").write_text(page, encoding="utf-8")
     cards = read_cards()
-    add_measured(cards, tables.rows("validity"))
+    add_measured(cards, tables.rows("validity"), limits(tables)["absent"])
     (folder / "cards.html").write_text(cards_page(cards), encoding="utf-8")
 
 
@@ -153,6 +166,36 @@ def table_rows(tables: TableSet) -> list[dict]:
     return lines
 
 
+def floor_rows(tables: TableSet) -> list[dict]:
+    """Noise floors below the main table: per kind its headline cells, each with `text` or None, and `note`, how or why not."""
+    lines = []
+    for what in (SEEDS, KERNEL):
+        cells = [floor_cell(tables, metric, what) for metric in tables.study["headline"]]
+        lines.append({"what": what, "cells": cells})
+    return lines
+
+
+def floor_cell(tables: TableSet, metric: str, what: str) -> dict:
+    """What dense attention, run once more in this way, shows in a metric, or why it is not known."""
+    floor = floor_of(tables, metric)
+    if floor and floor.measured and floor.what == what:
+        ends = None if floor.low is None else f"{number(floor.low, 3)} … {number(floor.high, 3)}"
+        return {"text": number(floor.mean), "ends": ends, "note": "its distance to the dense model, measured"}
+    if what == KERNEL:
+        return {
+            "text": None,
+            "note": "no videos are generated with a second dense kernel; its error is measured on attention",
+        }
+    width = None if metric in DISTANCES else change(tables, metric)
+    if width is None:
+        return {"text": None, "note": "the reference has no value, no second seed, or no spread between seeds"}
+    return {
+        "text": f"± {number(width, 3)}",
+        "ends": None,
+        "note": "how far other seeds alone move the mean, from the reference's spread",
+    }
+
+
 def verdicts(tables: TableSet) -> dict:
     """Headline comparisons by verdict: those resolved as rows, the others as counts."""
     compared = [
@@ -162,12 +205,12 @@ def verdicts(tables: TableSet) -> dict:
         if row["verdict"] not in ("", "reference")
     ]
     resolved = [row for row in compared if row["verdict"] == "resolved"]
-    equivalent = sum(row["verdict"] == "equivalent" for row in compared)
+    count = {word: sum(row["verdict"] == word for row in compared) for word in ("equivalent", "identical")}
     return {
         "count": len(compared),
         "resolved": resolved,
-        "equivalent": equivalent,
-        "unresolved": len(compared) - len(resolved) - equivalent,
+        **count,
+        "unresolved": len(compared) - len(resolved) - sum(count.values()),
     }
 
 
@@ -216,7 +259,7 @@ def number(value: float | None, digits: int = 4) -> str:
     """So many significant digits, for people."""
     if value is None:
         return "–"
-    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:#.{digits}g}" if value else "0"
+    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:#.{digits}g}".rstrip(".") if value else "0"
 
 
 if __name__ == "__main__":

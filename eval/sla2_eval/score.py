@@ -170,7 +170,7 @@ def noise_floor(folder: Path, entry: dict, frames: torch.Tensor) -> Iterator[Mea
     """Fidelity of a dense video to the dense one of the next sampling seed, the first one after the last."""
     seeds = sorted(seed for prompt, seed in manifest(folder) if prompt == entry["prompt_id"])
     if len(seeds) < 2:
-        yield from (Measured(name, None, "", "the study has one sampling seed") for name in FLOOR)
+        yield from (Measured(name, None, "", "undefined: the study has one sampling seed") for name in FLOOR)
         return
     after = seeds[(seeds.index(entry["seed"]) + 1) % len(seeds)]
     other, _ = read_video(folder / manifest(folder)[entry["prompt_id"], after]["file"])
@@ -204,7 +204,7 @@ def attention_records(args: argparse.Namespace, rows: Rows, device: torch.device
     for folder, trained in zip(args.videos, adapters, strict=True):
         found = attention_errors(transformer, base, variant, attention, trained, settings)
         for name in sorted(set(names) - {metric for _, metric in found}):
-            reason = f"mixing '{variant.mixing}' has no alpha"
+            reason = f"undefined: mixing '{variant.mixing}' has no alpha"
             yield rows.record(Measured(name, None, "", reason), train_seed=training_seed(folder, variant))
         for (layer, metric), value in sorted(found.items()):
             measured = Measured(metric, value, f"torch/{device.type}")

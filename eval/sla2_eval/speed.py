@@ -29,6 +29,7 @@ from sla2.progress import say
 from sla2.prompts import Prompt
 from sla2.record import write_provenance
 from sla2.video import read_video, write_mp4
+from sla2_eval.folder import OF_STUDIES
 from sla2_eval.metrics.catalogue import METRICS
 from sla2_eval.official import CLIPS, NEEDS, Official, WeightFile
 from sla2_eval.video_scores import VideoScores
@@ -118,11 +119,7 @@ def measure(
         began = clock()
         frames, fps = read_video(path)
         yield row(device, "(reading the file)", clock() - began)
-    wanted = [
-        name
-        for name in METRICS
-        if not name.startswith(("attention.", "sparsity.", "floor.", "proxy.kid", "vision_reward"))
-    ]
+    wanted = [name for name in METRICS if not name.startswith((*OF_STUDIES, "vision_reward"))]
     scores = VideoScores(None, judge, [PROMPT], device, RandomOfficial(device))
     absent = scores.absent()
     names = [name for name in wanted if name not in absent]

@@ -9,8 +9,10 @@ sd_seeds, sd_train_seeds           spread between sampling seeds of a prompt; be
 reference                          the row that the difference is taken to
 difference, difference_low, difference_high    mean of paired differences, this row minus the reference
 p_value, p_holm                    of difference = 0; corrected over the metrics of this row, headline ones and others apart
-margin, verdict, effect            `sla2_eval.stats.verdict`; effect: better, worse, higher or lower, where resolved
-backend, reason                    what computed it; why a value or an interval is missing
+margin, verdict, effect            `sla2_eval.stats.verdict`; effect: better, worse, higher or lower, where resolved. What is of a layer
+                                   or a machine, not of videos, has a difference and no verdict: there are no prompts to pair
+backend                            what computed it
+status, reason                     of the mean: ok, not_available or undefined (`sla2.record.status_of`); why a value or an interval is missing
 """
 
 from dataclasses import dataclass, replace
@@ -18,7 +20,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from sla2.errors import UserError
-from sla2.record import Record
+from sla2.record import NOT_AVAILABLE, OK, Record, status_of
 from sla2_eval.stats import Estimate, difference, estimate, holm, verdict
 
 COLUMNS = (
@@ -26,7 +28,7 @@ COLUMNS = (
     "mean", "ci_low", "ci_high", "unit", "higher_is_better",
     "n_prompts", "n_seeds", "n_train_seeds", "n_values", "n_undefined", "sd_seeds", "sd_train_seeds",
     "reference", "difference", "difference_low", "difference_high", "p_value", "p_holm", "margin",
-    "verdict", "effect", "backend", "reason",
+    "verdict", "effect", "backend", "status", "reason",
 )  # fmt: skip
 
 
@@ -52,7 +54,7 @@ def summarise(records: list[Record], settings: dict) -> list[dict]:
         settings: config section `report` with `seed` and `variants` (rows of the sheet).
 
     Raises:
-        UserError: when a record stands twice or is of a variant that the sheet lacks.
+        UserError: when a record stands twice, is of a variant that the sheet lacks, or has a training seed that its row cannot have.
     """
     sheet = {row["variant"]: row for row in settings["variants"]}
     cells = cells_of(records, sheet)
@@ -74,12 +76,17 @@ def cells_of(records: list[Record], sheet: dict[str, dict]) -> dict[tuple, Cell]
     """Cells by variant, metric and layer; with layer None the mean over layers where there are any.
 
     Raises:
-        UserError: when a record stands twice or is of a variant that the sheet lacks.
+        UserError: when a record stands twice, is of a variant that the sheet lacks, or has a training seed that its row cannot have.
     """
     cells: dict[tuple, Cell] = {}
     for record in records:
         if record.variant not in sheet:
             raise UserError(f"records of '{record.variant}': the sheet has no such row; delete them or add the row")
+        if record.train_seed is not None and not sheet[record.variant]["finetune"]:
+            raise UserError(
+                f"records of '{record.variant}' {record.metric}: training seed {record.train_seed}, but the sheet says that this row is "
+                "not fine-tuned; run the step that wrote them again"
+            )
         cell = cells.setdefault((record.variant, record.metric, record.layer), Cell({}, record, []))
         place = (record.train_seed, record.prompt_id, record.seed)
         if place in cell.values:
@@ -132,13 +139,14 @@ def _row(cells: dict[tuple, Cell], key: tuple, sheet: dict[str, dict], settings:
         "sd_seeds": found.sd_seeds,
         "sd_train_seeds": found.sd_train_seeds,
         "backend": cell.example.backend,
+        "status": status(found, cell),
         "reason": "; ".join(filter(None, reasons)),
     }
     if variant == settings["reference"]:
         return row | {"verdict": "reference"}, None
     if reference is None or found.mean is None:
         return row, None
-    paired = estimate(paired_values(cell, reference, sheet, variant, settings["reference"]), **options)
+    paired = explained(estimate(paired_values(cell, reference, sheet, variant, settings["reference"]), **options), cell)
     row |= {
         "reference": settings["reference"],
         "difference": paired.mean,
@@ -148,6 +156,12 @@ def _row(cells: dict[tuple, Cell], key: tuple, sheet: dict[str, dict], settings:
         "margin": settings["margins"].get(metric),
     }
     return row, paired
+
+
+def status(found: Estimate, cell: Cell) -> str:
+    """Of a mean; without one `undefined` only where every measurement was."""
+    kinds = {status_of(found.mean, reason) for reason in cell.reasons} or {OK}
+    return kinds.pop() if len(kinds) == 1 else NOT_AVAILABLE
 
 
 def explained(found: Estimate, cell: Cell) -> Estimate:

@@ -18,6 +18,7 @@ TEXT = {
     "verdict",
     "effect",
     "backend",
+    "status",
     "reason",
     "attention",
     "router",

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from sla2.errors import UserError, run_main
 from sla2.files import read_json, write_atomic, write_json
-from sla2.record import Record, read_records
+from sla2.record import read_records
 from sla2.stage1_report import COLUMNS as REPORT_COLUMNS
 from sla2_eval.claims import COLUMNS as CLAIM_COLUMNS
 from sla2_eval.claims import judge
@@ -73,7 +73,7 @@ def main() -> None:
     args = parser.parse_args()
     settings = args.settings
     rows = {name: [] for name in SUMMARIES}
-    scores = measured_elsewhere([record for path in args.scores for record in read_records(path)])
+    scores = [record for path in args.scores for record in read_records(path)]
     for row in summarise(scores, settings):
         table = TABLE_OF.get(row["metric"]) or TABLE_OF.get(row["metric"].split(".")[0], "quality")
         rows[table].append(row)
@@ -94,17 +94,6 @@ def main() -> None:
     shown = {name: value for name, value in settings.items() if name not in ("variants", "threads", "device")}
     write_json(args.output / "study.json", {**shown, "facts": {name: base.get(name) for name in FACTS}})
     write_json(args.output / "provenance.json", provenance([*args.scores, args.latency, args.validity]))
-
-
-def measured_elsewhere(records: list[Record]) -> list[Record]:
-    """The records without those that say a metric is not available, where another file, such as one of VBench's, has values of it."""
-    known = {(record.variant, record.metric) for record in records if record.value is not None}
-
-    def superseded(record: Record) -> bool:
-        of_no_video = record.prompt_id is None and record.layer is None
-        return record.value is None and of_no_video and (record.variant, record.metric) in known
-
-    return [record for record in records if not superseded(record)]
 
 
 def check_metrics(known: set[str], settings: dict) -> None:

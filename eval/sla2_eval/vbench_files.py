@@ -5,7 +5,9 @@
     sla2-eval vbench-import export/full --results export/full/results/results_..._eval_results.json --out results/tiny/vbench/full.csv
 
 The exported folder holds `videos/` with nothing but mp4 files, `prompts.json`, `manifest.jsonl` and the command. Importing joins by
-file name and refuses what does not fit: other videos, values that are no numbers, totals that are not those of their videos.
+file name and refuses what does not fit: other videos, values that are no numbers, totals that are not those of their videos. Imported
+records are `vbench_official.*`: VBench reads the mp4 and, in this mode, does not filter static clips for its flickering; `vbench.*` are
+this package's ports on the lossless frames. The two stand beside each other, and agree where the port is right.
 """
 
 import argparse
@@ -54,10 +56,17 @@ def export_main() -> None:
 
 
 def of_study(folder: Path) -> list[dict]:
-    """Entries of a generated folder `results/S/generate/V/seedT`, mp4 files first choice."""
+    """Entries of a generated folder `results/S/generate/V/seedT`, mp4 files first choice.
+
+    Raises:
+        UserError: where nothing says which row of the sheet the videos are of.
+    """
     lines = (folder / "manifest.jsonl").read_text(encoding="utf-8").splitlines()
+    beside = folder / "manifest.jsonl.provenance.json"
+    if not beside.is_file():
+        raise UserError(f"{beside}: missing; it says whether this row is fine-tuned. Run the generate step")
+    settings = read_json(beside)["settings"]
     whole = folder.resolve()
-    number = whole.name.removeprefix("seed")
     entries = []
     for entry in map(json.loads, lines):
         entries.append(
@@ -65,10 +74,12 @@ def of_study(folder: Path) -> list[dict]:
                 "source": folder / "videos" / f"{entry['id']}.mp4",
                 "prompt_id": entry["prompt_id"],
                 "seed": entry["seed"],
-                "train_seed": int(number) if number.isdigit() else None,
+                # As step score counts: a row that was never trained has no training seed, whatever its folder is called.
+                "train_seed": settings["train_seed"] if settings["variant"]["finetune"] else None,
                 "prompt": entry["text"],
                 "noise_sha256": entry["noise_sha256"],
                 "variant": whole.parent.name,
+                "row": settings["variant"],
                 "study": whole.parents[2].name if len(whole.parents) > 2 else "",
             }
         )
@@ -95,6 +106,7 @@ def of_folder(args: argparse.Namespace) -> list[dict]:
             "prompt": prompts[name].text,
             "noise_sha256": None,
             "variant": args.videos.resolve().name,
+            "row": None,  # of a sheet of variants
             "study": args.videos.resolve().name,
         }
         for name in names
@@ -232,14 +244,28 @@ def check_total(total: float, dimension: str, values: dict[str, float], manifest
 
 
 def record(entry: dict, dimension: str, value: float) -> Record:
-    """Record of one video, under the name that the metric has everywhere."""
+    """Record of one video.
+
+    Card: `vbench_official.imaging_quality`, `vbench_official.aesthetic_quality`, `vbench_official.overall_consistency`,
+        `vbench_official.motion_smoothness`, `vbench_official.subject_consistency`, `vbench_official.background_consistency`,
+        `vbench_official.dynamic_degree`, `vbench_official.temporal_flickering`, external.
+
+    Definition: VBench's dimension of that name as VBench itself measured it, in its mode custom_input, on the exported mp4 files.
+    Formula: that of `vbench.*` of the same name; temporal_flickering is 1 - mean |I_t - I_t+1| / 255 of every clip, as this mode has no
+        static filter.
+    Range: [0, 1]; overall_consistency [-1, 1]; imaging quality is divided by 100. Direction: higher is better, dynamic_degree none.
+    Source: Vchitect/VBench at commit 45e79ec, run by `run_vbench.sh` and read by `sla2-eval vbench-import`.
+    Weights: those that VBench fetches.
+    UndefinedError: a value that is no number is refused at import.
+    Blind spots: those of `vbench.*`, and what H.264 at CRF 12 changes; differs from `vbench.*` by the decoder and the device.
+    """
     from sla2_eval.metrics.catalogue import METRICS
 
-    about = METRICS[f"vbench.{dimension}"]
+    about = METRICS[f"vbench_official.{dimension}"]
     return Record(
         study=entry["study"],
         variant=entry["variant"],
-        metric=f"vbench.{dimension}",
+        metric=f"vbench_official.{dimension}",
         value=value,
         unit=about.unit,
         higher_is_better=about.higher_is_better,

@@ -126,7 +126,9 @@ def _videos(row: Variant) -> list[Record]:
                     records.append(Record(value=None, reason="the frames are flat", **niqe, **place))
                 else:
                     records.append(Record(value=5 + 4 * _harm(row) + luck + 0.3 * noise, **niqe, **place))
-                if row.variant != "base":
+                if row.variant == "base":
+                    records.append(Record(metric="floor.psnr", value=14 + luck + noise, unit="dB", **about, **place))
+                else:
                     psnr = {"metric": "fidelity.psnr", "unit": "dB", **up, "backend": "torchmetrics-1.9.0/cpu"}
                     records.append(Record(value=30 - 12 * _harm(row) + 2 * luck + noise, **psnr, **place))
     return records
@@ -134,7 +136,10 @@ def _videos(row: Variant) -> list[Record]:
 
 def _layers(row: Variant) -> list[Record]:
     if row.attention == "full":
-        return []
+        floor = {"study": "small", "variant": row.variant, "metric": "floor.attention_rel_l1"}
+        if row.variant == "base":
+            return [Record(value=1e-3 * (1 + layer), layer=layer, **floor) for layer in range(LAYERS)]
+        return [Record(value=None, reason="measured on the untouched dense model only", **floor)]
     records = []
     for train_seed in _training_seeds(row):
         for layer in range(LAYERS):

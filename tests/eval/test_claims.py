@@ -86,5 +86,12 @@ def test_what_is_measured_of_layers_has_an_effect_and_no_interval():
     assert row["verdict"] == "cannot: no interval: not measured per prompt"
 
 
+def test_rows_that_are_identical_are_called_so():
+    made = records({}, noise=0.0, higher_is_better=True)
+    found = verdicts(made)
+    assert found["97% close to full"]["verdict"] == "identical"
+    assert found["learned router over heuristic"]["verdict"] == "identical"
+
+
 def test_a_metric_without_direction_has_no_claims():
     assert all(row["metric"] == "" for row in claims.judge(records({}), SETTINGS))

@@ -55,7 +55,11 @@ def test_all_metrics_without_a_network(videos, tmp_path, monkeypatch, capsys):
     (tmp_path / "prompts.csv").write_text("video,prompt\na,a cat\nmore/c.mp4,a dog\n")
     run(videos, "--prompts", tmp_path / "prompts.csv", "--metrics", "all", "--out", tmp_path / "scores.csv")
     found = rows(tmp_path / "scores.csv")
-    wanted = {name for name in METRICS if not name.startswith(("attention.", "sparsity.", "floor.", "proxy.kid"))}
+    wanted = {
+        name
+        for name in METRICS
+        if not name.startswith(("attention.", "sparsity.", "floor.", "proxy.kid", "vbench_official."))
+    }
     assert {metric for _, metric in found} == wanted
     assert {name for name, _ in found} == {"a.mp4", "b.mp4", "broken.mp4", "more/c.mp4"}
     told = json.loads((tmp_path / "scores.csv.provenance.json").read_text())
@@ -64,6 +68,8 @@ def test_all_metrics_without_a_network(videos, tmp_path, monkeypatch, capsys):
     for row in found.values():
         assert bool(row["value"]) != bool(row["reason"]), row
     assert found["a.mp4", "clip_score.vit_b32"]["prompt"] == "a cat"
+    assert {row["status"] for row in found.values() if row["value"]} == {"ok"}
+    assert {row["status"] for row in found.values() if not row["value"]} == {"not_available"}
     assert "ViT-B-32.pt" in found["a.mp4", "clip_score.vit_b32"]["reason"]
     assert found["a.mp4", "fidelity.psnr"]["reason"] == "no reference folder was given"
     assert {found["broken.mp4", metric]["reason"].split(":")[0] for metric in wanted} == {"unreadable"}
@@ -184,6 +190,7 @@ def test_vision_reward_is_another_program(videos, tmp_path):
     found = rows(out)
     assert float(found["a.mp4", "vision_reward"]["value"]) == 0.05
     assert found["b.mp4", "vision_reward"]["reason"] == "undefined: the command of vision_reward says: no cat"
+    assert found["b.mp4", "vision_reward"]["status"] == "undefined"
     assert found["more/c.mp4", "vision_reward"]["reason"] == "this video has no prompt"
 
 

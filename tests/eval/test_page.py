@@ -14,6 +14,7 @@ import small_study
 from sla2.errors import UserError
 from sla2_eval import report
 from sla2_eval.claims import CLAIMS
+from sla2_eval.efficiency import efficiency
 from sla2_eval.table_set import TableSet
 
 
@@ -90,6 +91,23 @@ def test_the_main_table_shows_the_tables(study, page):
     assert '<td class="absent" title="not measured">–</td>' in text, "the reference of fidelity has no fidelity"
 
 
+def test_speed_and_work_have_a_row_for_every_variant(study, page):
+    text = re.sub(r"\s+", " ", (page / "index.html").read_text(encoding="utf-8"))
+    section = text[text.index('<section id="efficiency">') : text.index('<section id="claims">')]
+    tables = TableSet(study / "tables")
+    found = {line.variant: line for line in efficiency(tables)}
+    assert list(found) == list(tables.variants)
+    line = found["sla2-97"]
+    assert line.speedups["attention_op"].dense == tables.metric("speedup.attention_op")["sla2-97"]["mean"]
+    assert (line.speedups["kernel"].dense, line.speedups["kernel"].reason) == (None, "not measured")
+    assert sum(line.shares.values()) == pytest.approx(1)
+    assert line.shares["router"] == pytest.approx(2e6 / (2e6 + 4e8 * 0.03 + 1e7 + 1e6))
+    assert line.shares["router"] > line.shares["mixing"] > found["full"].shares["mixing"] == 0
+    assert section.count('<td class="absent" title="not measured">–</td>') == 2 * len(found), "kernel and end to end"
+    assert f'<span class="mean">{report.number(line.speedups["attention_op"].dense, 3)}×</span>' in section
+    assert "Timed: reference/cpu float32 N=576 batch=1 threads=1." in section
+
+
 def test_every_claim_of_the_paper_has_its_verdict_on_the_page(study, page):
     text = html.unescape((page / "index.html").read_text(encoding="utf-8"))
     section = text[text.index('<section id="claims">') : text.index('<section id="paper">')]
@@ -132,7 +150,12 @@ def test_a_missing_figure_or_video_stops(study, figures, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("value", "text"), [(None, "–"), (0.0, "0"), (1.0, "1.000"), (-0.01234567, "-0.01235"), (12345.6, "12346")]
+    ("value", "text"),
+    [(None, "–"), (0.0, "0"), (1.0, "1.000"), (-0.01234567, "-0.01235"), (12345.6, "12346"), (0.04, "0.04000")],
 )
 def test_number(value, text):
     assert report.number(value) == text
+
+
+def test_number_ends_with_a_digit():
+    assert report.number(440.3, 3) == "440"

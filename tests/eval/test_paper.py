@@ -89,7 +89,13 @@ def test_quality_needs_a_study_of_the_paper_s_model(numbers) -> None:
     assert cell(cells, "imaging_quality").status == paper.REPRODUCED
     assert cell(cells, "imaging_quality").ours == pytest.approx(66)
     assert cell(cells, "vision_reward", "Full", 0.0).status == paper.DIFFERS
-    assert "has no vbench.motion_smoothness of sla2-97" in cell(cells, "motion_smoothness").note
+    missing = "has no vbench_official.motion_smoothness or vbench.motion_smoothness of sla2-97"
+    assert missing in cell(cells, "motion_smoothness").note
+    assert "by the port of VBench here" in cell(cells, "imaging_quality").note
+    values["sla2-97", "vbench_official.imaging_quality"] = (0.5, 0.4, 0.6)
+    cells = paper.compare(numbers, [], {"name": "wan2.1-1.3b-480p", "values": values})
+    assert cell(cells, "imaging_quality").ours == pytest.approx(50), "VBench's own goes first"
+    assert "by VBench itself" in cell(cells, "imaging_quality").note
 
 
 def test_methods_are_rows_of_the_sheet(numbers) -> None:

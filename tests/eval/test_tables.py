@@ -11,7 +11,7 @@ from scipy import stats as scipy_stats
 
 from sla2.errors import UserError
 from sla2.record import Record, read_records, write_records
-from sla2_eval import tables
+from sla2_eval import tables, vbench_files
 from sla2_eval.summary import COLUMNS, summarise
 from sla2_eval.table_set import TableSet
 
@@ -61,8 +61,9 @@ def test_paired_difference_against_scipy(values):
     assert row["p_value"] == pytest.approx(scipy_stats.ttest_1samp(per_prompt, 0).pvalue)
 
 
-def test_interval_is_the_t_interval_of_prompt_means(values):
-    dense, sparse = values
+def test_interval_of_symmetric_prompts_is_the_t_interval_of_their_means(values):
+    dense, _ = values
+    sparse = dense - 1 + np.array([-0.5, -0.3, -0.1, 0.1, 0.3, 0.5])[None, :, None]
     row = summary(records(dense, "full"), records(sparse, "sla2-90"), draws=20000)["sla2-90", "m", None]
     per_prompt = (sparse - dense)[0].mean(axis=1)
     interval = scipy_stats.t.interval(0.95, 5, per_prompt.mean(), scipy_stats.sem(per_prompt))
@@ -90,15 +91,50 @@ def test_pairs_only_what_both_sides_have(values):
     assert row["difference"] == pytest.approx(np.nanmean(np.nanmean((sparse - dense)[0], axis=1)))
 
 
+def test_pairs_that_are_identical_are_called_so(values):
+    dense, _ = values
+    for margins in ({}, {"m": 5.0}):
+        row = summary(records(dense, "full"), records(dense, "sla2-90"), draws=2000, margins=margins)[
+            "sla2-90", "m", None
+        ]
+        assert (row["verdict"], row["difference"], row["effect"]) == ("identical", 0.0, "")
+
+
+def test_what_is_measured_of_layers_has_a_difference_and_no_verdict():
+    made = [
+        Record(study="hand", variant=name, metric="m", value=value + layer, layer=layer)
+        for name, value in (("full", 1.0), ("sla2-90", 3.0))
+        for layer in range(2)
+    ]
+    row = summary(made, draws=2000)["sla2-90", "m", None]
+    assert (row["difference"], row["n_prompts"], row["verdict"]) == (2.0, 0, "")
+    assert row["reason"] == "no interval: not measured per prompt"
+
+
 def test_missing_values_are_counted_and_named(values):
     dense, sparse = values
     sparse[0, 2, 1] = np.nan
     row = summary(records(dense, "full"), records(sparse, "sla2-90"))["sla2-90", "m", None]
     assert (row["n_values"], row["n_undefined"]) == (17, 1)
     assert row["reason"].startswith("1 of 18 without a value: frames are flat")
+    assert row["status"] == "ok"
     nothing = summary(records(np.full((1, 2, 2), np.nan), "full"))["full", "m", None]
+    assert nothing["status"] == "not_available"
     assert nothing["mean"] is None
     assert nothing["reason"] == "frames are flat"
+
+
+@pytest.mark.parametrize(
+    ("reasons", "status"),
+    [
+        (("undefined: too short", "undefined: the frame is flat"), "undefined"),
+        (("undefined: too short", "needs the weights"), "not_available"),
+    ],
+)
+def test_a_mean_is_undefined_where_every_measurement_is(reasons, status):
+    place = {"study": "hand", "variant": "full", "metric": "m", "value": None}
+    made = [Record(reason=reason, prompt_id=f"p{i}", seed=0, **place) for i, reason in enumerate(reasons)]
+    assert summary(made)["full", "m", None]["status"] == status
 
 
 def test_layer_means_refuse_a_missing_layer():
@@ -176,20 +212,25 @@ def test_record_without_value_needs_a_reason(tmp_path):
     assert read_records(tmp_path / "r.csv") == kept
 
 
-def test_what_another_file_measured_is_not_absent():
-    def record(variant, value, prompt=None, metric="vbench.imaging_quality", reason=""):
-        return Record(
-            study="s",
-            variant=variant,
-            metric=metric,
-            value=value,
-            prompt_id=prompt,
-            seed=0 if prompt else None,
-            reason=reason,
-        )
+def test_what_vbench_measured_stands_beside_our_port():
+    """An import and our own record of one video are two metrics, each with its own mean."""
+    about = {"study": "s", "variant": "base", "prompt_id": "p1", "seed": 0}
+    ours = Record(metric="vbench.temporal_flickering", value=0.9, **about)
+    exact = Record(metric="temporal_flickering", value=0.8, **about)
+    theirs = vbench_files.record({**about, "train_seed": None}, "temporal_flickering", 0.6)
+    rows = summary([ours, exact, theirs], variants=[{"variant": "base", "finetune": False}])
+    means = {metric: (row["mean"], row["n_train_seeds"]) for (_, metric, _), row in rows.items()}
+    assert means == {
+        "vbench.temporal_flickering": (0.9, 1),
+        "temporal_flickering": (0.8, 1),
+        "vbench_official.temporal_flickering": (0.6, 1),
+    }
 
-    absent = record("full", None, reason="not available: needs the weights")
-    other = record("base", None, reason="not available: needs the weights")
-    undefined = record("full", None, "p2", reason="undefined: too short")
-    found = tables.measured_elsewhere([absent, other, record("full", 0.7, "p1"), undefined])
-    assert found == [other, record("full", 0.7, "p1"), undefined]
+
+def test_a_row_that_was_not_trained_has_no_training_seed():
+    """Else records of one video with seed 0 and with none would be averaged as two training runs."""
+    one = records(np.ones((1, 2, 1)), "full")
+    with pytest.raises(
+        UserError, match="'full' m: training seed 0, but the sheet says that this row is not fine-tuned"
+    ):
+        summary(one, variants=[{"variant": "full", "finetune": False}])

@@ -2,6 +2,7 @@
 
 import csv
 import importlib.util
+import re
 
 import numpy as np
 import pytest
@@ -154,6 +155,33 @@ def test_every_metric_of_the_catalogue_has_a_complete_card() -> None:
     assert official == {name for name in METRICS if name.startswith(("vbench.", "clip_score."))}
     for name in official:
         assert found[name].fields["Weights"] != "none"
+
+
+def test_cards_show_every_response_that_was_measured(rows) -> None:
+    found = cards.read_cards()
+    cards.add_measured(found, rows, {})
+    measured = {row["metric"] for row in rows if row["distortion"]}
+    assert {name for name, card in found.items() if card.measured} == measured
+    text = cards.page(found)
+    sections = dict(re.findall(r'<section class="card" id="([\w.]+)">(.*?)</section>', text, re.DOTALL))
+    for name in measured:
+        damages = {(row["domain"], row["distortion"], row["strength"]) for row in rows if row["metric"] == name}
+        assert sections[name].count("<tr") == len(damages) + sections[name].count("<table>"), (
+            "a row a damage, and the head"
+        )
+        assert "not measured" not in sections[name]
+    assert "no value: " in sections["proxy.interp_gain"], "undefined where nothing moves"
+
+
+def test_cards_without_a_response_say_why() -> None:
+    found = cards.read_cards()
+    assert {card.unmeasured for card in found.values()} == {"the validity step was not run"}
+    cards.add_measured(found, [], {"judge.direction": "gate failed at 0.5", "vbench.imaging_quality": "needs a file"})
+    assert found["judge.direction"].unmeasured == "gate failed at 0.5"
+    assert found["vbench.imaging_quality"].unmeasured == "the validity step has no published weights"
+    assert "tensors" in found["attention.rel_l1"].unmeasured
+    assert found["oracle.color"].unmeasured == "the validity run of this study has no row of it"
+    assert "Response to damage not measured: gate failed at 0.5." in cards.page(found)
 
 
 def test_card_fields_are_told_apart() -> None:

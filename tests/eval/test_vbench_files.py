@@ -22,10 +22,8 @@ def run(command, *arguments) -> None:
         command()
 
 
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory):
-    """A generated folder of two prompts and two seeds, one clip shorter than the others, exported."""
-    folder = tmp_path_factory.mktemp("s") / "study" / "generate" / "full" / "seed1"
+def generate(folder, finetune: bool) -> None:
+    """A generated folder of two prompts and two seeds, one clip shorter than the others."""
     lines = []
     for prompt in range(2):
         for seed in range(2):
@@ -41,6 +39,15 @@ def exported(tmp_path_factory):
             }
             lines.append(json.dumps(entry))
     (folder / "manifest.jsonl").write_text("\n".join(lines) + "\n")
+    settings = {"train_seed": int(folder.name.removeprefix("seed")), "variant": {"finetune": finetune}}
+    (folder / "manifest.jsonl.provenance.json").write_text(json.dumps({"settings": settings}))
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """Videos of a fine-tuned row, exported."""
+    folder = tmp_path_factory.mktemp("s") / "study" / "generate" / "full" / "seed1"
+    generate(folder, finetune=True)
     out = tmp_path_factory.mktemp("out") / "export"
     run(vbench_files.export_main, folder, "--out", out)
     return out
@@ -80,6 +87,7 @@ def test_folder_is_what_vbench_reads(exported):
     assert manifest["p0001-s1.mp4"]["fps"] == 16
     assert manifest["p0000-s0.mp4"]["variant"] == "full"
     assert manifest["p0000-s0.mp4"]["study"] == "study"
+    assert manifest["p0000-s0.mp4"]["row"] == {"finetune": True}
 
 
 def test_command_refuses_another_commit(exported, tmp_path):
@@ -103,10 +111,20 @@ def test_round_trip(exported, tmp_path):
     assert len(records) == len(DIMENSIONS) * 4
     found = {(r.metric, r.prompt_id, r.seed): r for r in records}
     place = list(reversed(DIMENSIONS)).index("imaging_quality")
-    one = found["vbench.imaging_quality", "p1x", 1]
+    one = found["vbench_official.imaging_quality", "p1x", 1]
     assert one.value == pytest.approx(0.1 * place + 0.03)
     assert (one.study, one.variant, one.train_seed, one.backend) == ("study", "full", 1, "vbench-45e79ec/custom_input")
-    assert [found["vbench.dynamic_degree", f"p{p}x", s].value for p in (0, 1) for s in (0, 1)] == [1, 0, 1, 1]
+    assert [found["vbench_official.dynamic_degree", f"p{p}x", s].value for p in (0, 1) for s in (0, 1)] == [1, 0, 1, 1]
+
+
+def test_a_row_that_was_not_trained_has_no_training_seed(tmp_path):
+    """As in the records of step score, although its folder is called seed0."""
+    folder = tmp_path / "study/generate/base/seed0"
+    generate(folder, finetune=False)
+    assert {entry["train_seed"] for entry in vbench_files.of_study(folder)} == {None}
+    (folder / "manifest.jsonl.provenance.json").unlink()
+    with pytest.raises(UserError, match=r"manifest.jsonl.provenance.json: missing; .* Run the generate step"):
+        vbench_files.of_study(folder)
 
 
 def test_order_of_dimensions_does_not_matter(exported, tmp_path):

@@ -18,7 +18,11 @@ from sla2_eval.video_scores import FIDELITY, NO_JUDGE, VideoScores, canonical_ma
 
 CPU = torch.device("cpu")
 SETS = {"proxy.kid_indomain"}  # of several videos together
-OF_VIDEOS = {name for name in METRICS if not name.startswith(("attention.", "sparsity.", "floor.", "proxy.kid"))}
+OF_VIDEOS = {
+    name
+    for name in METRICS
+    if not name.startswith(("attention.", "sparsity.", "floor.", "proxy.kid", "vbench_official."))
+}
 JUDGED = ("color", "shape", "direction")
 OFFICIAL = {*NEEDS, "vision_reward"}
 INDOMAIN = ("proxy.text_alignment_clip_indomain", "proxy.frame_consistency_clip_indomain")

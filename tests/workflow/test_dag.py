@@ -114,7 +114,7 @@ def test_more_training_seeds(finished):
 
 
 def test_changed_report_setting(finished):
-    finished.edit("config/tiny.yaml", "draws: 2000", "draws: 3000")
+    finished.edit("config/tiny.yaml", "draws: 10000", "draws: 3000")
     assert finished.pending() == TABLES | AFTER_TABLES
 
 

@@ -26,6 +26,7 @@ def draw(tables: TableSet) -> Figure:
         rows = tables.metric(metric)
         plot.entitle(ax, tables, metric)
         ax.set_xlabel(plot.with_unit(tables, metric, "mean"))
+        plot.noise_floor(ax, tables, metric, along="x")
         if reference in rows:
             row = rows[reference]
             ax.axvline(row["mean"], color=style(reference).color, linewidth=0.8)
@@ -36,7 +37,7 @@ def draw(tables: TableSet) -> Figure:
                 plot.point(ax, rows[name], place, along="x", fillstyle=plot.fill(rows[name]))
             else:
                 plot.mark_missing(ax, place)
-    plot.legend(figure, plot.fill_legend(reference))
+    plot.legend(figure, [*plot.fill_legend(reference), *plot.floor_legend(tables, metrics)])
     return figure
 
 

@@ -5,6 +5,7 @@ from matplotlib.ticker import MaxNLocator
 
 from sla2.errors import run_main
 from sla2_eval import plot
+from sla2_eval.floors import DISTANCES, floor_of
 from sla2_eval.palette import style
 from sla2_eval.table_set import TableSet
 
@@ -21,6 +22,7 @@ def draw(tables: TableSet) -> Figure:
     metrics = [m for m in PANELS if any(tables.metric(m, layer) for layer in layers)] or list(PANELS)[:1]
     figure, axes = plot.panels(len(metrics), 2, 4.6, 2.7)
     shown: list[str] = []
+    floored: list[str] = []
     for ax, metric in zip(axes, metrics, strict=True):
         ax.set_title(PANELS[metric])
         if not layers:
@@ -33,10 +35,14 @@ def draw(tables: TableSet) -> Figure:
                 look = style(name)
                 ax.plot(*zip(*points, strict=True), color=look.color, marker=look.marker, markersize=4.5, alpha=0.9)
                 shown += [name] if name not in shown else []
+        floors = [(layer, floor.mean) for layer in layers if (floor := floor_of(tables, metric, layer))]
+        if metric in DISTANCES and floors:
+            ax.plot(*zip(*floors, strict=True), linewidth=1.1, **plot.FLOOR_LINES[DISTANCES[metric][0]])
+            floored.append(metric)
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.set_xlabel("layer")
     if shown:
-        plot.legend(figure, plot.variant_handles(shown))
+        plot.legend(figure, [*plot.variant_handles(shown), *plot.floor_legend(tables, floored)])
     return figure
 
 

@@ -41,7 +41,8 @@ def draw(tables: TableSet) -> Figure:
     groups, length = families(tables), steps(tables)
     gap = max(length.values(), default=0) / 60  # so that intervals of equal steps stand side by side
     figure, filled = plot.headline_panels(tables)
-    for ax, rows in filled:
+    for ax, metric, rows in filled:
+        plot.noise_floor(ax, tables, metric)
         for number, (curve, others) in enumerate(groups):
             shift = gap * (number - (len(groups) - 1) / 2)
             known = sorted((n for n in curve if n in rows and n in length), key=lambda n: length[n])
@@ -55,7 +56,8 @@ def draw(tables: TableSet) -> Figure:
         ax.set_xlabel("steps of fine-tuning")
     drawn = {name for curve, others in groups for name in (*curve, *others)}
     shown = [name for name in tables.variants if name in drawn and not without_steps(name)[1]]
-    plot.legend(figure, [*plot.variant_handles(shown), *plot.fill_legend(tables.study["reference"])])
+    floors = plot.floor_legend(tables, [metric for _, metric, _ in filled])
+    plot.legend(figure, [*plot.variant_handles(shown), *plot.fill_legend(tables.study["reference"]), *floors])
     return figure
 
 

@@ -29,6 +29,7 @@ def draw(tables: TableSet) -> Figure:
         margin = tables.study["margins"].get(metric)
         if margin:
             ax.axvspan(-margin, margin, color=MARGIN, alpha=0.13, linewidth=0)
+        plot.noise_change(ax, tables, metric)
         ax.axvline(0, color=style(reference).color, linewidth=0.8)
         for place, name in enumerate(names):
             if name in rows and rows[name]["difference"] is not None:
@@ -38,7 +39,8 @@ def draw(tables: TableSet) -> Figure:
         ax.set_title(plot.metric_name(tables, metric))
         ax.set_xlabel(plot.with_unit(tables, metric, "mean difference"))
     shade = Patch(color=MARGIN, alpha=0.13, linewidth=0, label="equivalence margin")
-    plot.legend(figure, [*plot.fill_legend(reference), shade])
+    floors = [plot.change_legend()] if any(plot.change(tables, metric) for metric in metrics) else []
+    plot.legend(figure, [*plot.fill_legend(reference), shade, *floors])
     return figure
 
 

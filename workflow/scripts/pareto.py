@@ -41,6 +41,7 @@ def draw(tables: TableSet) -> Figure:
         if not rows:
             plot.say_missing(ax, tables, metric if not quality else name)
             continue
+        plot.noise_floor(ax, tables, metric)
         points = [(row["mean"], quality[v]["mean"]) for v, row in rows.items()]
         ax.step(*zip(*front(points, sign), strict=True), where="pre", color="#bbbbbb", linewidth=1, zorder=1)
         ax.axvline(1, color="#888888", linewidth=0.8, linestyle=":")
@@ -56,7 +57,8 @@ def draw(tables: TableSet) -> Figure:
         ax.set_xlabel(SPEEDS[name])
         ax.set_title(conditions(list(rows.values())), fontsize=8, color="#555555")
     axes[0].set_ylabel(plot.metric_name(tables, metric))
-    plot.legend(figure, [*plot.variant_handles(list(quality)), *plot.fill_legend(tables.study["reference"])])
+    handles = [*plot.variant_handles(list(quality)), *plot.fill_legend(tables.study["reference"])]
+    plot.legend(figure, [*handles, *plot.floor_legend(tables, [metric])])
     return figure
 
 

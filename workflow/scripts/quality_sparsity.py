@@ -27,7 +27,8 @@ def draw(tables: TableSet) -> Figure:
     dense = [name for name, row in tables.variants.items() if row["attention"] == "full"]
     realised = {name: row["mean"] for name, row in tables.metric("sparsity.realised").items()}
     figure, filled = plot.headline_panels(tables)
-    for ax, rows in filled:
+    for ax, metric, rows in filled:
+        plot.noise_floor(ax, tables, metric)
         for name in dense:
             if name in rows:
                 look, row = style(name), rows[name]
@@ -53,7 +54,8 @@ def draw(tables: TableSet) -> Figure:
         ax.set_xlabel("realised sparsity (%)")
     bands = [Line2D([], [], color=style(n).color, linestyle=line(n, tables), label=style(n).label) for n in dense]
     shown = [name for names in groups for name in names]
-    plot.legend(figure, [*plot.variant_handles(shown), *bands, *plot.fill_legend(tables.study["reference"])])
+    floors = plot.floor_legend(tables, [metric for _, metric, _ in filled])
+    plot.legend(figure, [*plot.variant_handles(shown), *bands, *plot.fill_legend(tables.study["reference"]), *floors])
     return figure
 
 
