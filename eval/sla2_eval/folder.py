@@ -19,13 +19,14 @@ from sla2.prompts import Prompt
 from sla2.video import read_video
 from sla2_eval.metrics.catalogue import METRICS
 from sla2_eval.official import Command, Official, WeightFile
-from sla2_eval.video_scores import FIDELITY, Measured, VideoScores
+from sla2_eval.promises import promised
+from sla2_eval.video_scores import FIDELITY, RETRIEVAL, Measured, VideoScores
 
 VIDEOS = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v", ".gif")
 COLUMNS = ("video", "prompt", "metric", "value", "unit", "higher_is_better", "backend", "reason")
 OF_STUDIES = ("attention.", "sparsity.", "floor.", "proxy.kid")  # of a model's layers, or of several videos together
 PACKAGES = ("av", "numpy", "open-clip-torch", "opencv-python-headless", "torch", "torchmetrics")
-VERSION = 1  # of what a finished video's note holds; another one is scored again
+VERSION = 2  # of what a finished video's note holds; another one is scored again
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,10 @@ class Job:
                 "video": sha256_file(self.folder / name),
                 "wanted": self.wanted,
                 "prompt": asdict(prompt) if prompt else None,
-                "promised": sorted({word for prompt in self.prompts.values() for word in prompt.attributes}),
+                "promised": sorted({word for prompt in self.prompts.values() for word in promised(prompt)}),
+                "texts": sorted({prompt.text for prompt in self.prompts.values()})
+                if RETRIEVAL in self.wanted
+                else None,
                 "reference": sha256_file(other) if other and other.is_file() else None,
                 **self.networks(),
             }

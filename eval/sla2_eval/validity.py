@@ -34,7 +34,7 @@ from sla2_eval.video_scores import KID, VideoScores
 PROCEDURAL, FILMED = "study", "filmed"
 CAPTION = "wrong caption"
 MEASURED = ("temporal_flickering", "fidelity.", "oracle.", "proxy.", "judge.", "guard.static", "guard.blank")
-OF_WORDS = ("oracle.", "judge.", "proxy.text_alignment")  # the metrics that a caption can change
+OF_WORDS = ("oracle.", "judge.", "proxy.text_alignment", "proxy.retrieval")  # the metrics that a caption can change
 FILMS = ("bikes.mp4", "carphone_pristine.mp4")  # filmed, as against the animated one beside them
 WINDOWS = 3  # of a film at most: what one film adds is soon told
 

@@ -9,6 +9,7 @@ AREA = 0.5  # a normalised mask fills this share of the grid's inscribed disc
 SMALLEST, LARGEST = 0.01, 0.6  # area of a thing as a share of the frame
 HOLE = 0.12  # a hole is the shape's own, as a ring's, when it exceeds this share of the thing and is round; others are filled
 ROUND = 0.5  # share of its enclosing circle that a round hole fills; the stripe of a surface fills a quarter
+RIM = 0.25  # inscribed by enclosed radius below which a region is the blurred rim of another; that of a ring is 0.33
 
 
 def diameter(mask: np.ndarray) -> float:
@@ -42,6 +43,23 @@ def largest_region(foreground: np.ndarray) -> np.ndarray | None:
         outside[hole] = stats[hole, cv2.CC_STAT_AREA] >= ROUND * np.pi * radius**2
     filled = region | ~outside[labels]
     return filled if SMALLEST <= filled.mean() <= LARGEST else None
+
+
+def count_regions(labels: np.ndarray) -> int:
+    """Connected regions of one label each that can be a thing: (H, W) int, negative for the ground.
+
+    Not counted are those below the smallest size of a thing, and those that are all edge: where a thing is blurred into the ground
+    the mixture has the hue of a third colour.
+    """
+    found = 0
+    for label in np.flatnonzero(np.bincount(labels[labels >= 0], minlength=1) >= SMALLEST * labels.size):
+        _, regions, stats, _ = cv2.connectedComponentsWithStats((labels == label).astype(np.uint8), connectivity=4)
+        for number in 1 + np.flatnonzero(stats[1:, cv2.CC_STAT_AREA] >= SMALLEST * labels.size):
+            x, y, width, height, _ = stats[number]
+            region = np.pad(regions[y : y + height, x : x + width] == number, 1)
+            inside = cv2.distanceTransform(region.astype(np.uint8), cv2.DIST_L2, 5).max()
+            found += bool(2 * inside >= RIM * diameter(region))
+    return found
 
 
 def centre(mask: np.ndarray) -> np.ndarray:

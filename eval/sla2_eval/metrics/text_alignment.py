@@ -45,6 +45,14 @@ class Vocabulary:
     def size(self) -> int:
         return len(self.words) + 4
 
+    def reads(self, text: str) -> bool:
+        """Whether `check` lets the text pass."""
+        try:
+            self.check(text)
+        except UndefinedError:
+            return False
+        return True
+
     def check(self, text: str) -> None:
         """Raise UndefinedError for a text that the model was not trained to read: its score would be about another text."""
         words = self.split(text)
@@ -144,6 +152,25 @@ class StoryboardClip:
         self.vocabulary.check(text)
         scores = self.embed_texts([text, *others]) @ self.embed_video(video)
         return float(scores[0] > scores[1:].max())
+
+    def retrieval(self, video, text: str, others: Tensor) -> float:
+        """Card: `proxy.retrieval_r1_clip_indomain`.
+
+        Definition: 1 when the video's own prompt fits it better than every other prompt of the study, else 0: recall at one.
+        Formula: [<e_video, e_text> > max over the other prompts' e of <e_video, e>]; prompts of one text count as one.
+        Range: {0, 1}; chance is 1 / number of texts. Direction: higher is better.
+        Source: in-domain open_clip, as for text alignment; retrieval of texts by videos, as it is usual for CLIP.
+        UndefinedError: as for text alignment; fewer than two texts that the judge can read.
+        Blind spots: depends on which prompts a study has: easy where they differ in much; compare rows of one sheet only.
+
+        Args:
+            video: (T, H, W, 3).
+            text: its prompt.
+            others: unit embeddings (n, E) of the other texts, n >= 1.
+        """
+        self.vocabulary.check(text)
+        embedding = self.embed_video(video)
+        return float(self.embed_texts([text])[0] @ embedding > (others @ embedding).max())
 
     def frame_consistency(self, video) -> float:
         """Card: `proxy.frame_consistency_clip_indomain`.
