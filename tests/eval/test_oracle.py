@@ -6,6 +6,7 @@ from clips import blurred, frozen, noisy, reversed_in_time, shuffled
 
 from sla2 import grammar, scenes
 from sla2.render import render
+from sla2_eval.metrics.cutout import nearest_segment
 from sla2_eval.metrics.oracle import Oracle
 from sla2_eval.video_scores import canonical_masks
 
@@ -204,3 +205,17 @@ def test_only_promised_words_are_scored(oracle):
     assert oracle(clip, {}, 8) == {"oracle.presence": 1.0}
     with pytest.raises(ValueError, match="shape 'blob' is not one of circle"):
         oracle(clip, {"shape": "blob"}, 8)
+
+
+def test_nearest_segment_is_the_nearest_of_many_points():
+    """Against each segment taken as 2,001 points: the distance to the chosen one is the smallest, as far as points tell."""
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (20, 30, 3)).astype(np.float32)
+    starts, ends = rng.uniform(0, 255, (2, 6, 3))
+    ends[0] = starts[0]  # a point is a segment too
+    along = np.linspace(0, 1, 2001)[:, None, None]
+    points = starts + along * (ends - starts)
+    distances = np.stack([np.linalg.norm(pixels[..., None, :] - points[:, k], axis=-1).min(-1) for k in range(6)])
+    chosen = nearest_segment(pixels, starts, ends)
+    assert set(np.unique(chosen)) == set(range(6))
+    assert np.take_along_axis(distances, chosen[None], 0)[0] == pytest.approx(distances.min(0), abs=0.1)

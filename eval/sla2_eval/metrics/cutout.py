@@ -21,11 +21,19 @@ def ground_color(frames: np.ndarray) -> np.ndarray:
     return np.median(np.concatenate([frames[:, [0, -1]].reshape(-1, 3), frames[:, :, [0, -1]].reshape(-1, 3)]), axis=0)
 
 
-def segment_distance(pixels: np.ndarray, start: np.ndarray, end: np.ndarray) -> np.ndarray:
-    """Distance of RGB pixels (..., 3) to the segment from start to end."""
-    along = (end - start).astype(np.float32)
-    place = np.clip(((pixels - start) @ along) / max(float(along @ along), 1e-6), 0, 1)
-    return np.linalg.norm(pixels - start - place[..., None] * along, axis=-1)
+def nearest_segment(pixels: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """Index (...) of the segment, from starts to ends (n, 3), that is nearest to each RGB pixel (..., 3).
+
+    With q = p - start, a = end - start and t = q.a / a.a cut to [0, 1], the squared distance is q.q - 2 t q.a + t^2 a.a; its p.p is the
+    same for all segments and left out, so that pixels enter by two products of matrices.
+    """
+    starts, along = starts.astype(np.float32), (ends - starts).astype(np.float32)
+    flat = np.ascontiguousarray(pixels.reshape(-1, 3).T)
+    length = np.maximum(np.square(along).sum(1), 1e-6)[:, None]
+    reach = along @ flat - (starts * along).sum(1)[:, None]
+    place = np.clip(reach / length, 0, 1)
+    squares = np.square(starts).sum(1)[:, None] - 2 * (starts @ flat) + place * (place * length - 2 * reach)
+    return np.argmin(squares, axis=0).reshape(pixels.shape[:-1])
 
 
 def largest_region(foreground: np.ndarray) -> np.ndarray | None:

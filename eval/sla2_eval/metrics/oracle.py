@@ -13,9 +13,9 @@ from sla2_eval.metrics.cutout import (
     diameter,
     ground_color,
     largest_region,
+    nearest_segment,
     normalised,
     rotations,
-    segment_distance,
 )
 from sla2_eval.metrics.frames import UndefinedError, as_float
 
@@ -202,11 +202,9 @@ class Oracle:
     def _labels(self, frame: np.ndarray, ground: np.ndarray) -> np.ndarray:
         """Index of the nearest palette colour of every pixel, -1 for the ground: (H, W)."""
         dark, bright = ground * GROUND_SHADE[0] - GROUND_NOISE, ground * GROUND_SHADE[1] + GROUND_NOISE
-        distances = [segment_distance(frame, dark, bright)]
-        for value, hued in zip(self.values, self.hued, strict=True):
-            dark, bright = SHADE if hued else GREY_SHADE
-            distances.append(segment_distance(frame, value * dark, value * bright))
-        return np.argmin(distances, axis=0) - 1
+        shades = np.where(self.hued[:, None], SHADE, GREY_SHADE)
+        starts, ends = self.values * shades[:, :1], self.values * shades[:, 1:]
+        return nearest_segment(frame, np.vstack([dark, starts]), np.vstack([bright, ends])) - 1
 
     def _color(self, rgb: np.ndarray) -> int:
         """Palette index of a thing's colour (3,): by hue, or without one by brightness.
