@@ -72,11 +72,12 @@ def score_folder(args: argparse.Namespace) -> None:
     missing = [name for name in names if rows[name] is None]
     if len(missing) < len(names):
         say(f"sla2-eval: {len(names) - len(missing)} of {len(names)} videos were scored before")
-    for name, found in score_all(job, notes, missing, args.workers):
-        rows[name] = found
-    folder.write_scores(args.out, (entry for name in names for entry in rows[name]))
+    for name, of_video in score_all(job, notes, missing, args.workers):
+        rows[name] = of_video
+    found = [entry for name in names for entry in rows[name]] + folder.of_set(job, notes, names)
+    folder.write_scores(args.out, found)
     write_provenance(args.out, job.described())
-    summarise([entry for name in names for entry in rows[name]])
+    summarise(found)
     say(f"sla2-eval: {args.out}")
 
 

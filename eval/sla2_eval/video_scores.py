@@ -149,10 +149,17 @@ class VideoScores:
 
     def of_set(self, videos: Iterable[Tensor]) -> Iterator[Measured]:
         """Measure videos (T, H, W, 3), uint8, together."""
-        if self._wants(KID) and KID not in self.absent():
-            features = [self.judge.embed_video(frames.numpy()).cpu() for frames in videos]
-            reference = load_features(self.of_judge)
-            yield from measure([KID], self._judge_backend, lambda: {KID: kid(torch.stack(features), reference)})
+        if self.takes_part:
+            yield from of_features([self.feature(frames) for frames in videos], self.of_judge, self.device)
+
+    @property
+    def takes_part(self) -> bool:
+        """Whether what is measured of videos together is wanted, and can be had."""
+        return self._wants(KID) and KID not in self.absent()
+
+    def feature(self, frames: Tensor) -> Tensor:
+        """What a video (T, H, W, 3), uint8, is among others: its embedding (E,) by the judge."""
+        return self.judge.embed_video(frames.numpy()).cpu()
 
     def _wants(self, name: str) -> bool:
         return self.wanted is None or name in self.wanted
@@ -182,17 +189,13 @@ class VideoScores:
     def _judged(self, frames: np.ndarray, prompt: Prompt | None, words: list[str]):
         if self.judge is None:
             return
-        backend = self._judge_backend
+        backend = judge_backend(self.device)
         if prompt is not None:
             yield [ALIGNMENT], backend, lambda: {ALIGNMENT: self.judge.text_alignment(frames, prompt.text)}
             yield [RETRIEVAL], backend, lambda: {RETRIEVAL: self._retrieved(frames, prompt.text)}
         yield [CONSISTENCY], backend, lambda: {CONSISTENCY: self.judge.frame_consistency(frames)}
         for name in words:
             yield [f"judge.{name}"], backend, partial(self._choice, frames, prompt, name)
-
-    @property
-    def _judge_backend(self) -> str:
-        return f"open_clip-{importlib.metadata.version('open-clip-torch')}/{self.device.type}"
 
     @cached_property
     def _texts(self) -> tuple[list[str], Tensor]:
@@ -218,6 +221,21 @@ def canonical_masks() -> dict[str, np.ndarray]:
     axis = torch.linspace(-1.3, 1.3, MASK_SIDE)
     v, u = torch.meshgrid(axis, axis, indexing="ij")
     return {name: (distance(u, v) < 0).numpy() for name, distance in render.DISTANCES.items()}
+
+
+def judge_backend(device: torch.device) -> str:
+    return f"open_clip-{importlib.metadata.version('open-clip-torch')}/{device.type}"
+
+
+def of_features(features: list[Tensor], judge: Path, device: torch.device) -> Iterator[Measured]:
+    """What is measured of videos together, from the feature of each; `device` is where these were computed."""
+
+    def distance() -> dict[str, float]:
+        if len(features) < 2:
+            raise UndefinedError(f"a distance of sets needs two videos, got {len(features)}")
+        return {KID: kid(torch.stack(features), load_features(judge))}
+
+    yield from measure([KID], judge_backend(device), distance)
 
 
 def measure(names, backend: str, compute: Callable[[], dict]) -> Iterator[Measured]:

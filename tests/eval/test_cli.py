@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import socket
 import sys
 
@@ -10,9 +11,12 @@ import torch
 from clips import moving_disc
 
 from sla2.errors import UserError
-from sla2.video import write_mp4
+from sla2.video import read_video, write_mp4
 from sla2_eval import cli, folder
 from sla2_eval.metrics.catalogue import METRICS
+from sla2_eval.metrics.kid import kid
+from sla2_eval.trained_judge import load_features, load_judge
+from sla2_eval.video_scores import KID, NO_JUDGE
 
 CHEAP = "temporal_flickering,guard,proxy.flow_top5,clip_score"
 
@@ -55,8 +59,9 @@ def test_all_metrics_without_a_network(videos, tmp_path, monkeypatch, capsys):
     (tmp_path / "prompts.csv").write_text("video,prompt\na,a cat\nmore/c.mp4,a dog\n")
     run(videos, "--prompts", tmp_path / "prompts.csv", "--metrics", "all", "--out", tmp_path / "scores.csv")
     found = rows(tmp_path / "scores.csv")
-    wanted = {name for name in METRICS if not name.startswith(("attention.", "sparsity.", "floor.", "proxy.kid"))}
+    wanted = {name for name in METRICS if not name.startswith(("attention.", "sparsity.", "floor."))}
     assert {metric for _, metric in found} == wanted
+    assert found.pop((folder.TOGETHER, KID))["reason"] == NO_JUDGE
     assert {name for name, _ in found} == {"a.mp4", "b.mp4", "broken.mp4", "more/c.mp4"}
     told = json.loads((tmp_path / "scores.csv.provenance.json").read_text())
     assert set(told["settings"]["metrics"]) == wanted
@@ -66,7 +71,7 @@ def test_all_metrics_without_a_network(videos, tmp_path, monkeypatch, capsys):
     assert found["a.mp4", "clip_score.vit_b32"]["prompt"] == "a cat"
     assert "ViT-B-32.pt" in found["a.mp4", "clip_score.vit_b32"]["reason"]
     assert found["a.mp4", "fidelity.psnr"]["reason"] == "no reference folder was given"
-    assert {found["broken.mp4", metric]["reason"].split(":")[0] for metric in wanted} == {"unreadable"}
+    assert {found["broken.mp4", metric]["reason"].split(":")[0] for metric in wanted - {KID}} == {"unreadable"}
     assert 0.5 < float(found["b.mp4", "temporal_flickering"]["value"]) < 1
     answer = capsys.readouterr().out
     assert "mean of 3, 1 without" in answer
@@ -77,6 +82,32 @@ def test_four_workers_give_the_same_file(videos, tmp_path):
     run(videos, "--metrics", "all", "--out", tmp_path / "one.csv")
     run(videos, "--metrics", "all", "--out", tmp_path / "four.csv", "--workers", 4)
     assert (tmp_path / "one.csv").read_bytes() == (tmp_path / "four.csv").read_bytes()
+
+
+def test_distance_of_the_folder_to_the_judge_s_clips(videos, judge_folder, tmp_path):
+    """One row of all readable videos, the same for any number of workers and when a run goes on; a failed gate is its reason."""
+    passing = tmp_path / "judge"
+    shutil.copytree(judge_folder, passing)
+    gates = json.loads((passing / "gates.json").read_text())
+    (passing / "gates.json").write_text(json.dumps(gates | {"gate": 0.0}))
+    wanted = ("--metrics", KID, "--judge", passing)
+    run(videos, *wanted, "--out", tmp_path / "one.csv")
+    run(videos, *wanted, "--out", tmp_path / "two.csv", "--workers", 2)
+    run(videos, *wanted, "--out", tmp_path / "one.csv")
+    assert (tmp_path / "one.csv").read_bytes() == (tmp_path / "two.csv").read_bytes()
+    (found,) = rows(tmp_path / "one.csv").values()
+    judge, _ = load_judge(passing, torch.device("cpu"))
+    names = ("a.mp4", "b.mp4", "more/c.mp4")
+    features = torch.stack([judge.embed_video(read_video(videos / name)[0].numpy()) for name in names])
+    assert float(found["value"]) == pytest.approx(kid(features, load_features(passing)), rel=1e-6)
+    run(videos, "--metrics", KID, "--judge", judge_folder, "--out", tmp_path / "failed.csv")
+    assert rows(tmp_path / "failed.csv")[folder.TOGETHER, KID]["reason"].startswith("gate: forced-choice accuracy of ")
+    single = tmp_path / "videos"
+    single.mkdir()
+    shutil.copy(videos / "a.mp4", single)
+    run(single, *wanted, "--out", tmp_path / "single.csv")
+    reason = rows(tmp_path / "single.csv")[folder.TOGETHER, KID]["reason"]
+    assert reason == "undefined: a distance of sets needs two videos, got 1"
 
 
 def test_resumes_by_video(videos, tmp_path, monkeypatch):
