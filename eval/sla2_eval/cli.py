@@ -4,7 +4,7 @@
 
 One row for each video and metric; what cannot be measured is a row with the reason. A stopped run goes on where it was, and a
 video that changed is scored again. Nothing is fetched from a network. Other commands: `sla2-eval vbench-export` and
-`sla2-eval vbench-import` hand videos to VBench itself and read its results.
+`sla2-eval vbench-import` hand videos to VBench itself and read its results; `sla2-eval vbench-total` makes its totals of them.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from sla2.progress import bar, say
 COMMANDS = {
     "vbench-export": "sla2_eval.vbench_files:export_main",
     "vbench-import": "sla2_eval.vbench_files:import_main",
+    "vbench-total": "sla2_eval.vbench_total:total_main",
 }
 _SCORER = None  # of a worker process
 
