@@ -184,12 +184,14 @@ class StoryboardClip:
         Blind spots: a frozen or blank video scores 1: read the guards; the embedding follows the object's place, so moving clips
             stay well below 1.
         """
-        frames = _shrink(as_uint8(video), self.side)
-        if len(frames) < 2:
+        if len(video) < 2:
             raise UndefinedError("frame consistency needs two frames")
-        features = self.embed_boards(
-            np.stack([_tile(np.stack([frame] * self.frames), self.columns) for frame in frames])
-        )
+        features = self.frame_features(video)
         previous = (features[1:] * features[:-1]).sum(-1).clamp_min(0)
         first = (features[1:] @ features[0]).clamp_min(0)
         return float((previous + first).mean() / 2)
+
+    def frame_features(self, video) -> Tensor:
+        """Unit embeddings (T, E) of storyboards that repeat one frame each."""
+        frames = _shrink(as_uint8(video), self.side)
+        return self.embed_boards(np.stack([_tile(np.stack([frame] * self.frames), self.columns) for frame in frames]))
