@@ -37,6 +37,7 @@ SIZE = (81, 480, 832)
 FPS = 16
 WORDS = {"color": "red", "shape": "circle", "direction": "right"}
 PROMPT = Prompt("p", grammar.caption(WORDS), WORDS)
+OTHER = Prompt("q", grammar.caption(WORDS | {"direction": "left"}), WORDS | {"direction": "left"})  # to retrieve among
 # What one call computes together, cheap ones first.
 TOGETHER = ("guard.", "fidelity.", "oracle.")
 ALSO = {
@@ -123,7 +124,7 @@ def measure(
         for name in METRICS
         if not name.startswith(("attention.", "sparsity.", "floor.", "proxy.kid", "vision_reward"))
     ]
-    scores = VideoScores(None, judge, [PROMPT], device, RandomOfficial(device))
+    scores = VideoScores(None, judge, [PROMPT, OTHER], device, RandomOfficial(device))
     absent = scores.absent()
     names = [name for name in wanted if name not in absent]
     groups = [[n for n in names if n.startswith(start)] for start in TOGETHER]

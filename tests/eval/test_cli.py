@@ -2,8 +2,10 @@
 
 import csv
 import json
+import os
 import shutil
 import socket
+import subprocess
 import sys
 
 import pytest
@@ -76,6 +78,28 @@ def test_all_metrics_without_a_network(videos, tmp_path, monkeypatch, capsys):
     answer = capsys.readouterr().out
     assert "mean of 3, 1 without" in answer
     assert "unreadable: broken.mp4" in answer
+
+
+def test_writes_nothing_but_its_results(videos, tmp_path):
+    """In a process of its own, from import to end: no socket, and no file in the home or the working folder."""
+    home, place, out = (tmp_path / name for name in ("home", "place", "out"))
+    for empty in (home, place, out):
+        empty.mkdir()
+    program = (
+        "import socket, sys\n"
+        "def refuse(*_): raise AssertionError('a connection was asked for')\n"
+        "socket.socket.connect = refuse\n"
+        "from sla2_eval import cli\n"
+        f"sys.argv = ['sla2-eval', {str(videos)!r}, '--out', {str(out / 'scores.csv')!r}]\n"
+        "cli.main()\n"
+    )
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("XDG_", "HF_", "TORCH_"))}
+    answer = subprocess.run(
+        [sys.executable, "-c", program], cwd=place, env=kept | {"HOME": str(home)}, capture_output=True, text=True
+    )
+    assert answer.returncode == 0, answer.stderr
+    assert [path for empty in (home, place) for path in empty.rglob("*") if path.is_file()] == []
+    assert {path.name for path in out.iterdir()} == {"scores.csv", "scores.csv.provenance.json", ".scores.parts"}
 
 
 def test_four_workers_give_the_same_file(videos, tmp_path):

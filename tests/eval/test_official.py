@@ -267,6 +267,59 @@ def test_motion_smoothness_by_hand() -> None:
         vbench.motion_smoothness(video[:2], lambda before, after: before, CPU)
 
 
+def dimensions(video: np.ndarray) -> dict[str, float | str]:
+    """Every dimension by a network that answers at once: its value, or `undefined`."""
+
+    def colours(frames):
+        return frames.mean((2, 3))
+
+    def still(before, after):
+        return flow(20.0 * float((before.float() - after.float()).abs().mean() > 0))(before, after)
+
+    calls = {
+        "imaging": lambda: vbench.imaging_quality(video, lambda frames: frames.mean((1, 2, 3)), CPU),
+        "aesthetic": lambda: vbench.aesthetic_quality(video, colours, lambda feature: feature[:, :1], CPU),
+        "overall": lambda: vbench.overall_consistency(video, lambda clip: torch.tensor([0.2]), CPU),
+        "smoothness": lambda: vbench.motion_smoothness(video, lambda before, after: (before + after) / 2, CPU),
+        "subject": lambda: vbench.subject_consistency(video, colours, CPU),
+        "background": lambda: vbench.background_consistency(video, colours, CPU),
+        "flickering": lambda: vbench.static_flickering(video, flow(0.0), CPU),
+        "dynamic": lambda: vbench.dynamic_degree(video, 8, still, CPU),
+    }
+    found: dict[str, float | str] = {}
+    for name, call in calls.items():
+        try:
+            found[name] = call()
+        except UndefinedError:
+            found[name] = "undefined"
+    return found
+
+
+@pytest.mark.parametrize(
+    ("frames", "undefined"),
+    [
+        (1, {"smoothness", "subject", "background", "flickering", "dynamic"}),
+        (2, {"smoothness", "dynamic"}),
+        (3, set()),
+    ],
+)
+def test_short_clips_are_undefined_where_vbench_stops_or_divides_by_zero(frames, undefined) -> None:
+    found = dimensions(moving_disc(0, frames=frames))
+    assert {name for name, value in found.items() if value == "undefined"} == undefined
+    assert all(math.isfinite(value) for value in found.values() if value != "undefined")
+
+
+@pytest.mark.parametrize(
+    "video", [frozen(moving_disc(0)), np.full((17, 64, 64, 3), 90, np.uint8)], ids=["static", "blank"]
+)
+def test_static_and_blank_clips_look_perfect(video) -> None:
+    found = dimensions(video)
+    for name in ("smoothness", "subject", "background", "flickering"):
+        assert found[name] == pytest.approx(1, abs=1e-5), name
+    assert found["dynamic"] == 0
+    assert dimensions(moving_disc(0))["dynamic"] == 1
+
+
 def test_amt_fetches_from_where_the_flow_points() -> None:
     image = torch.arange(20.0).reshape(1, 1, 4, 5)
     flow = torch.zeros(1, 2, 4, 5)
