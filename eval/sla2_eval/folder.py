@@ -6,6 +6,7 @@ import importlib.metadata
 import io
 import json
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 
 import cv2
@@ -51,6 +52,13 @@ class Job:
     weights: dict[str, WeightFile | Command]
     device: str
 
+    @cached_property
+    def of_all_prompts(self) -> dict:
+        """What one video's rows depend on of the other videos' prompts: which words are promised at all, and what it is retrieved among."""
+        prompts = self.prompts.values()
+        texts = sorted({prompt.text for prompt in prompts}) if RETRIEVAL in self.wanted else None
+        return {"promised": sorted({word for prompt in prompts for word in promised(prompt)}), "texts": texts}
+
     def networks(self) -> dict:
         """What the scores of every video depend on: hashes of judge and weights, and the device."""
         return {
@@ -78,10 +86,7 @@ class Job:
                 "video": sha256_file(self.folder / name),
                 "wanted": self.wanted,
                 "prompt": asdict(prompt) if prompt else None,
-                "promised": sorted({word for prompt in self.prompts.values() for word in promised(prompt)}),
-                "texts": sorted({prompt.text for prompt in self.prompts.values()})
-                if RETRIEVAL in self.wanted
-                else None,
+                **self.of_all_prompts,
                 "reference": sha256_file(other) if other and other.is_file() else None,
                 **self.networks(),
             }

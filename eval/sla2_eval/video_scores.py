@@ -88,7 +88,9 @@ class VideoScores:
         wanted: set[str] | None = None,
     ) -> None:
         self.size = (video["frames"], video["height"], video["width"]) if video else None
-        self.promises = [promised(prompt) for prompt in prompts]
+        self.promises = {
+            frozenset(promised(prompt)) for prompt in prompts
+        }  # which words, of some thousands of prompts few sets
         self.promised = [name for name in ATTRIBUTES if any(name in promise for promise in self.promises)]
         self.texts = sorted({prompt.text for prompt in prompts})
         self.official = official or Official({}, device)
@@ -114,7 +116,7 @@ class VideoScores:
             elif failure := gate_failure(self.gates, name):
                 reasons[f"judge.{name}"] = failure
         for name, needed in PROMISES.items():
-            if not any(promise.keys() >= set(needed) for promise in self.promises):
+            if not any(promise >= set(needed) for promise in self.promises):
                 called = " and a ".join(CALLED.get(word, word) for word in needed)
                 reasons[name] = f"no prompt promises a {called}"
             elif "speed" in needed and not self.oracle.speeds:

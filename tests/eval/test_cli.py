@@ -18,7 +18,7 @@ from sla2_eval import cli, folder
 from sla2_eval.metrics.catalogue import METRICS
 from sla2_eval.metrics.kid import kid
 from sla2_eval.trained_judge import load_features, load_judge
-from sla2_eval.video_scores import KID, NO_JUDGE
+from sla2_eval.video_scores import KID, NO_JUDGE, RETRIEVAL
 
 CHEAP = "temporal_flickering,guard,proxy.flow_top5,clip_score"
 
@@ -170,6 +170,11 @@ def test_a_changed_video_or_prompt_is_scored_again(videos, tmp_path):
     prompts = folder.read_prompts(tmp_path / "p.csv", ["0.mp4", "1.mp4"])
     asked = folder.Job(place, ("temporal_flickering",), prompts, None, None, {}, "cpu")
     assert asked.identity("0.mp4") != before[0]
+    (tmp_path / "p.csv").write_text("video,prompt\n0,a cat\n1,a dog\n")
+    more = folder.read_prompts(tmp_path / "p.csv", ["0.mp4", "1.mp4"])
+    for metric, depends in (("temporal_flickering", False), (RETRIEVAL, True)):
+        one, both = (folder.Job(place, (metric,), found, None, None, {}, "cpu") for found in (prompts, more))
+        assert (one.identity("0.mp4") != both.identity("0.mp4")) == depends, metric
 
 
 def test_reference_gives_fidelity(videos, tmp_path):

@@ -125,6 +125,10 @@ def test_motion_is_seen(judged) -> None:
         assert_order(judged.alignment(edit), judged.clean)
 
 
+def test_exchanged_colours_are_seen(judged) -> None:
+    assert_order(judged.alignment(lambda video: video[..., ::-1].copy()), judged.clean)
+
+
 def test_a_reversed_clip_prefers_the_opposite_direction(judged) -> None:
     right = []
     for clip, words, text in zip(judged.clips, judged.words, judged.captions, strict=True):

@@ -168,6 +168,22 @@ def test_damage_of_motion_costs_direction(oracle):
     assert backwards["oracle.velocity_error"] == pytest.approx(2, abs=0.05)
 
 
+def test_exchanged_colours_cost_colour_alone(oracle):
+    """Red and blue, exchanged, are each other's and yellow is none of its own; green keeps its hue."""
+    clips, words = rendered(scenes.SIMPLE, SMALL, 24)
+    assert {of_clip["color"] for of_clip in words} == {"red", "green", "blue", "yellow"}
+    for clip, of_clip in zip(clips, words, strict=True):
+        scores = oracle(clip[..., ::-1], promised(of_clip), 8)
+        assert scores["oracle.color"] == float(of_clip["color"] == "green")
+        assert (
+            scores["oracle.shape"]
+            == scores["oracle.direction"]
+            == scores["oracle.speed"]
+            == scores["oracle.count"]
+            == 1
+        )
+
+
 def degenerate(size: tuple[int, int, int]) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
     flat = {name: np.full((*size, 3), rgb, np.uint8) for name, rgb in (("black", 0), ("grey", 127), ("white", 255))}
