@@ -162,10 +162,10 @@ def import_main() -> None:
     manifest = read_manifest(args.export)
     records = read_results(args.results, manifest)
     for dimension in BY_FRAME:
-        files = {(entry["prompt_id"], entry["seed"]): name for name, entry in manifest.items()}
-        values = {files[r.prompt_id, r.seed]: r.value for r in records if r.metric == f"vbench.{dimension}"}
+        # In the manifest's order, which `read_results` keeps.
+        values = [one.value for one in records if one.metric == f"vbench.{dimension}"]
         if values:
-            by_video, by_frame = aggregates(values, manifest)
+            by_video, by_frame = aggregates(dict(zip(manifest, values, strict=True)), manifest)
             say(f"vbench-import: {dimension}: {by_video:.6f} over videos, {by_frame:.6f} over frames")
     write_provenance(args.out, {"vbench_commit": COMMIT}, results_sha256=sha256_file(args.results))
     write_records(args.out, records)
