@@ -4,7 +4,7 @@
 
 One row for each video and metric; what cannot be measured is a row with the reason. A stopped run goes on where it was, and a
 video that changed is scored again. Nothing is fetched from a network. Other commands: `sla2-eval vbench-export` and
-`sla2-eval vbench-import` hand videos to VBench itself and read its results.
+`sla2-eval vbench-import` hand videos to VBench itself and read its results; `sla2-eval vbench-total` makes its totals of them.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from sla2.progress import bar, say
 COMMANDS = {
     "vbench-export": "sla2_eval.vbench_files:export_main",
     "vbench-import": "sla2_eval.vbench_files:import_main",
+    "vbench-total": "sla2_eval.vbench_total:total_main",
 }
 _SCORER = None  # of a worker process
 
@@ -72,11 +73,12 @@ def score_folder(args: argparse.Namespace) -> None:
     missing = [name for name in names if rows[name] is None]
     if len(missing) < len(names):
         say(f"sla2-eval: {len(names) - len(missing)} of {len(names)} videos were scored before")
-    for name, found in score_all(job, notes, missing, args.workers):
-        rows[name] = found
-    folder.write_scores(args.out, (entry for name in names for entry in rows[name]))
+    for name, of_video in score_all(job, notes, missing, args.workers):
+        rows[name] = of_video
+    found = [entry for name in names for entry in rows[name]] + folder.of_set(job, notes, names)
+    folder.write_scores(args.out, found)
     write_provenance(args.out, job.described())
-    summarise([entry for name in names for entry in rows[name]])
+    summarise(found)
     say(f"sla2-eval: {args.out}")
 
 

@@ -5,8 +5,8 @@ import hashlib
 import importlib.metadata
 import io
 import json
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 
 import cv2
@@ -20,12 +20,19 @@ from sla2.record import status_of
 from sla2.video import read_video
 from sla2_eval.metrics.catalogue import METRICS
 from sla2_eval.official import Command, Official, WeightFile
-from sla2_eval.video_scores import FIDELITY, Measured, VideoScores
+from sla2_eval.promises import promised
+from sla2_eval.trained_judge import gate_failure
+from sla2_eval.video_scores import FIDELITY, KID, NO_JUDGE, RETRIEVAL, Measured, VideoScores, of_features
 
 VIDEOS = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v", ".gif")
 COLUMNS = ("video", "prompt", "metric", "value", "unit", "higher_is_better", "backend", "status", "reason")
-# Of a model's layers, of several videos together, or measured by VBench itself.
-OF_STUDIES = ("attention.", "sparsity.", "floor.", "proxy.kid", "vbench_official.")
+OF_STUDIES = (
+    "attention.",
+    "sparsity.",
+    "floor.",
+    "vbench_official.",
+)  # of a model's layers, or measured by VBench itself
+TOGETHER = "(all videos)"  # stands for a name where a metric is of the videos as a set
 PACKAGES = ("av", "numpy", "open-clip-torch", "opencv-python-headless", "torch", "torchmetrics")
 VERSION = 2  # of what a finished video's note holds; another one is scored again
 
@@ -50,6 +57,13 @@ class Job:
     judge: Path | None
     weights: dict[str, WeightFile | Command]
     device: str
+
+    @cached_property
+    def of_all_prompts(self) -> dict:
+        """What one video's rows depend on of the other videos' prompts: which words are promised at all, and what it is retrieved among."""
+        prompts = self.prompts.values()
+        texts = sorted({prompt.text for prompt in prompts}) if RETRIEVAL in self.wanted else None
+        return {"promised": sorted({word for prompt in prompts for word in promised(prompt)}), "texts": texts}
 
     def networks(self) -> dict:
         """What the scores of every video depend on: hashes of judge and weights, and the device."""
@@ -78,7 +92,7 @@ class Job:
                 "video": sha256_file(self.folder / name),
                 "wanted": self.wanted,
                 "prompt": asdict(prompt) if prompt else None,
-                "promised": sorted({word for prompt in self.prompts.values() for word in prompt.attributes}),
+                **self.of_all_prompts,
                 "reference": sha256_file(other) if other and other.is_file() else None,
                 **self.networks(),
             }
@@ -161,6 +175,18 @@ def choose_metrics(words: list[str]) -> tuple[str, ...]:
     return tuple(name for name in known if name in chosen)
 
 
+def of_set(job: Job, notes: Path, names: list[str]) -> list[dict]:
+    """Rows of the videos together, from the notes of all of them; an unreadable one is not in the set."""
+    if KID not in job.wanted:
+        return []
+    failure = gate_failure(read_json(job.judge / "gates.json")) if job.judge else NO_JUDGE
+    if failure:
+        return [row(TOGETHER, None, Measured(KID, None, "", failure))]
+    found = [read_json(note_of(notes, name))["feature"] for name in names]
+    features = [torch.tensor(feature) for feature in found if feature is not None]
+    return [row(TOGETHER, None, one) for one in of_features(features, job.judge, torch.device(job.device))]
+
+
 def note_of(notes: Path, name: str) -> Path:
     """Where the rows of a finished video stand."""
     return notes / f"{hashlib.sha256(name.encode()).hexdigest()[:24]}.json"
@@ -188,25 +214,29 @@ class Scorer:
 
     def __call__(self, name: str) -> list[dict]:
         """Rows of one video, written as a note too, after which a stopped run goes on."""
-        identity = self.job.identity(name)
-        rows = [row(name, self.job.prompts.get(name), measured) for measured in self._measure(name)]
-        write_json(note_of(self.notes, name), {"video": name, "identity": identity, "rows": rows})
+        identity, feature = self.job.identity(name), None
+        wanted = [metric for metric in self.job.wanted if metric != KID]
+        try:
+            frames, fps = read_video(self.job.folder / name)
+        except UserError as error:
+            reason = "unreadable: " + str(error).replace(f"{self.job.folder}/", "").removeprefix(f"{name}: ")
+            measured = [Measured(metric, None, "", reason) for metric in wanted]
+        else:
+            measured = self._measure(name, frames, fps, wanted)
+            feature = self.scores.feature(frames).tolist() if self.scores.takes_part else None
+        rows = [row(name, self.job.prompts.get(name), one) for one in measured]
+        write_json(note_of(self.notes, name), {"video": name, "identity": identity, "rows": rows, "feature": feature})
         return rows
 
-    def _measure(self, name: str) -> list[Measured]:
+    def _measure(self, name: str, frames: torch.Tensor, fps: float, wanted: list[str]) -> list[Measured]:
         """One measurement for each wanted metric."""
         job = self.job
-        try:
-            frames, fps = read_video(job.folder / name)
-        except UserError as error:
-            reason = "unreadable: " + str(error).replace(f"{job.folder}/", "").removeprefix(f"{name}: ")
-            return [Measured(metric, None, "", reason) for metric in job.wanted]
         dense, no_fidelity = self._reference(name, frames)
         measured = self.scores.of(frames, job.prompts.get(name), dense, fps, job.folder / name)
         found = {one.metric: one for one in measured}
         no_prompt = "its prompt does not promise this" if name in job.prompts else "this video has no prompt"
-        reasons = dict.fromkeys(job.wanted, no_prompt) | dict.fromkeys(FIDELITY, no_fidelity) | self.absent
-        return [found.get(metric) or Measured(metric, None, "", reasons[metric]) for metric in job.wanted]
+        reasons = dict.fromkeys(wanted, no_prompt) | dict.fromkeys(FIDELITY, no_fidelity) | self.absent
+        return [found.get(metric) or Measured(metric, None, "", reasons[metric]) for metric in wanted]
 
     def _reference(self, name: str, frames: torch.Tensor) -> tuple[torch.Tensor | None, str]:
         """Frames to compare with, or why there are none."""
@@ -237,7 +267,7 @@ def row(name: str, prompt: Prompt | None, measured: Measured) -> dict:
     }
 
 
-def write_scores(path: Path, rows: Iterator[dict]) -> None:
+def write_scores(path: Path, rows: list[dict]) -> None:
     """Write all rows as CSV, whole or not at all."""
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")

@@ -11,7 +11,9 @@ reported as not available.
 
 import argparse
 import json
+import math
 import random
+import statistics
 from pathlib import Path
 
 import numpy as np
@@ -140,11 +142,21 @@ def fit_naturalness(clips: Clips, settings: dict) -> Naturalness:
         raise UserError(f"score.naturalness_clips, score.naturalness_patch: {error}") from None
 
 
+def speeds_of(scenes: list[dict | None]) -> dict[str, float]:
+    """How fast each word of speed is in these scenes, in short sides a second; nothing where no scene is known."""
+    found: dict[str, list[float]] = {}
+    for shape in (shape for scene in scenes if scene for shape in scene["shapes"]):
+        if any(shape["velocity"]):
+            found.setdefault(shape["speed"], []).append(math.hypot(*shape["velocity"]))
+    return {word: statistics.median(found[word]) for word in grammar.SPEEDS if word in found}
+
+
 def learn(settings: dict, data: Path, device: torch.device, folder: Path) -> None:
     """Train, gate and write everything of the judge into a folder."""
     splits = {name: Clips(data / f"{name}.jsonl", settings["video"]) for name in ("judge", "judge_heldout", "heldout")}
     gates = {"reason": None, "gate": settings["gate"], "attributes": {}, "weights_sha256": None}
     gates["storyboard"] = {"frames": settings["frames"], "columns": settings["columns"], "side": settings["frame_size"]}
+    gates["speeds"] = speeds_of(splits["heldout"].scenes)
     save_file(fit_naturalness(splits["heldout"], settings).state(), folder / "naturalness.safetensors")
     if not all(len(splits[name]) and all(splits[name].scenes) for name in ("judge", "judge_heldout")):
         gates["reason"] = "the judge splits hold no clips of known scenes: nothing to train the judge on"

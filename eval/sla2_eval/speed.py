@@ -38,6 +38,7 @@ SIZE = (81, 480, 832)
 FPS = 16
 WORDS = {"color": "red", "shape": "circle", "direction": "right"}
 PROMPT = Prompt("p", grammar.caption(WORDS), WORDS)
+OTHER = Prompt("q", grammar.caption(WORDS | {"direction": "left"}), WORDS | {"direction": "left"})  # to retrieve among
 # What one call computes together, cheap ones first.
 TOGETHER = ("guard.", "fidelity.", "oracle.")
 ALSO = {
@@ -119,8 +120,8 @@ def measure(
         began = clock()
         frames, fps = read_video(path)
         yield row(device, "(reading the file)", clock() - began)
-    wanted = [name for name in METRICS if not name.startswith((*OF_STUDIES, "vision_reward"))]
-    scores = VideoScores(None, judge, [PROMPT], device, RandomOfficial(device))
+    wanted = [name for name in METRICS if not name.startswith((*OF_STUDIES, "proxy.kid", "vision_reward"))]
+    scores = VideoScores(None, judge, [PROMPT, OTHER], device, RandomOfficial(device))
     absent = scores.absent()
     names = [name for name in wanted if name not in absent]
     groups = [[n for n in names if n.startswith(start)] for start in TOGETHER]

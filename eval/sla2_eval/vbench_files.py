@@ -19,6 +19,7 @@ from pathlib import Path
 
 from sla2.errors import UserError
 from sla2.files import read_json, sha256_file, write_atomic, write_folder, write_json
+from sla2.progress import say
 from sla2.record import Record, write_provenance, write_records
 from sla2.video import CRF, read_video, write_mp4
 
@@ -172,6 +173,12 @@ def import_main() -> None:
     args = parser.parse_args()
     manifest = read_manifest(args.export)
     records = read_results(args.results, manifest)
+    for dimension in BY_FRAME:
+        # In the manifest's order, which `read_results` keeps.
+        values = [one.value for one in records if one.metric == f"vbench_official.{dimension}"]
+        if values:
+            by_video, by_frame = aggregates(dict(zip(manifest, values, strict=True)), manifest)
+            say(f"vbench-import: {dimension}: {by_video:.6f} over videos, {by_frame:.6f} over frames")
     write_provenance(args.out, {"vbench_commit": COMMIT}, results_sha256=sha256_file(args.results))
     write_records(args.out, records)
 
@@ -233,14 +240,21 @@ def number(value: object, where: str) -> float:
 
 def check_total(total: float, dimension: str, values: dict[str, float], manifest: dict[str, dict], where: str) -> None:
     """Refuse a total that is not the mean of its videos, or of their frames where VBench weighs by them."""
-    means = [sum(values.values()) / len(values)]
-    if dimension in BY_FRAME:
-        pairs = {name: manifest[name]["frames"] - 1 for name in values}
-        means.append(sum(values[name] * pairs[name] for name in values) / sum(pairs.values()))
+    means = aggregates(values, manifest) if dimension in BY_FRAME else (sum(values.values()) / len(values),)
     if all(abs(total - mean) > TOLERANCE for mean in means):
         raise UserError(
             f"{where}: total {total:.6f}, its videos have {means[0]:.6f}; the file was put together wrongly"
         )
+
+
+def aggregates(values: dict[str, float], manifest: dict[str, dict]) -> tuple[float, float]:
+    """Mean over videos, as VBench on several GPUs and as our tables, and mean over pairs of frames, as VBench on one GPU.
+
+    Equal where all videos have one length.
+    """
+    pairs = {name: manifest[name]["frames"] - 1 for name in values}
+    by_frame = sum(values[name] * pairs[name] for name in values) / sum(pairs.values())
+    return sum(values.values()) / len(values), by_frame
 
 
 def record(entry: dict, dimension: str, value: float) -> Record:

@@ -2,7 +2,7 @@
 
 import importlib.metadata
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +20,7 @@ from sla2_eval.metrics.kid import kid
 from sla2_eval.metrics.motion import dynamic_degree, motion_smoothness
 from sla2_eval.metrics.oracle import Oracle
 from sla2_eval.official import Official
+from sla2_eval.promises import is_sentence, promised
 from sla2_eval.trained_judge import (
     ATTRIBUTES,
     gate_failure,
@@ -29,16 +30,30 @@ from sla2_eval.trained_judge import (
     swapped,
 )
 
-FLICKER = "temporal_flickering"
+FLICKER, STATIC = "temporal_flickering", "temporal_flickering_static"
 GUARDS = ("guard.static", "guard.blank", "guard.saturated", "guard.not_finite", "guard.size")
 SMOOTHNESS = ("proxy.motion_smoothness_dis", "proxy.interp_gain")
 DYNAMIC = ("proxy.dynamic_degree_dis", "proxy.flow_top5")
 NATURALNESS = "proxy.naturalness_niqe_indomain"
 FIDELITY = ("fidelity.psnr", "fidelity.psnr_pooled", "fidelity.ssim")
 ALIGNMENT, CONSISTENCY = "proxy.text_alignment_clip_indomain", "proxy.frame_consistency_clip_indomain"
+RETRIEVAL = "proxy.retrieval_r1_clip_indomain"
 KID = "proxy.kid_indomain"
 NO_JUDGE = "needs a judge that was trained in the domain of these videos; name its folder"
 NO_PROMPTS = "no prompts were given"
+NO_SPEEDS = (
+    "needs a judge of procedural scenes, in whose folder stands how fast each word is; an older one is made again"
+)
+ONE_TEXT = "fewer than two of the prompts are texts that the judge can read"
+# What a prompt must promise for a metric beside those of one attribute, and how that is called.
+PROMISES = {
+    "oracle.speed": ("speed",),
+    "oracle.velocity_error": ("direction", "speed"),
+    "oracle.count": ("count",),
+    "oracle.count_error": ("count",),
+    STATIC: ("static",),
+}
+CALLED = {"count": "number of things", "static": "static scene"}
 MASK_SIDE = 128  # of the canonical shapes; the oracle scales them down
 
 
@@ -73,14 +88,18 @@ class VideoScores:
         wanted: set[str] | None = None,
     ) -> None:
         self.size = (video["frames"], video["height"], video["width"]) if video else None
-        self.promised = [name for name in ATTRIBUTES if any(name in prompt.attributes for prompt in prompts)]
+        self.promises = {
+            frozenset(promised(prompt)) for prompt in prompts
+        }  # which words, of some thousands of prompts few sets
+        self.promised = [name for name in ATTRIBUTES if any(name in promise for promise in self.promises)]
+        self.texts = sorted({prompt.text for prompt in prompts})
         self.official = official or Official({}, device)
         self.wanted, self.has_prompts, self.device = wanted, bool(prompts), device
         torch.backends.cudnn.allow_tf32 = False  # SSIM is made of convolutions
-        self.oracle = Oracle(grammar.COLORS, canonical_masks(), grammar.DIRECTIONS)
         self.naturalness = load_naturalness(judge) if judge else None
         self.of_judge = judge
         self.judge, self.gates = load_judge(judge, device) if judge else (None, {"reason": NO_JUDGE})
+        self.oracle = Oracle(grammar.COLORS, canonical_masks(), grammar.DIRECTIONS, speeds=self.gates.get("speeds", {}))
 
     def absent(self) -> dict[str, str]:
         """Reason by metric, for metrics that none of these videos can have."""
@@ -96,10 +115,18 @@ class VideoScores:
                 reasons |= dict.fromkeys((f"oracle.{name}", f"judge.{name}"), f"no prompt promises a {name}")
             elif failure := gate_failure(self.gates, name):
                 reasons[f"judge.{name}"] = failure
+        for name, needed in PROMISES.items():
+            if not any(promise >= set(needed) for promise in self.promises):
+                called = " and a ".join(CALLED.get(word, word) for word in needed)
+                reasons[name] = f"no prompt promises a {called}"
+            elif "speed" in needed and not self.oracle.speeds:
+                reasons[name] = NO_SPEEDS
         if failure := gate_failure(self.gates):
-            reasons |= dict.fromkeys((ALIGNMENT, CONSISTENCY, KID), failure)
+            reasons |= dict.fromkeys((ALIGNMENT, RETRIEVAL, CONSISTENCY, KID), failure)
         elif not self.has_prompts:
-            reasons[ALIGNMENT] = NO_PROMPTS
+            reasons |= dict.fromkeys((ALIGNMENT, RETRIEVAL), NO_PROMPTS)
+        elif self._wants(RETRIEVAL) and len(self._texts[0]) < 2:
+            reasons[RETRIEVAL] = ONE_TEXT
         if self.naturalness is None:
             reasons[NATURALNESS] = NO_JUDGE
         return {name: reason for name, reason in reasons.items() if self._wants(name)}
@@ -124,10 +151,17 @@ class VideoScores:
 
     def of_set(self, videos: Iterable[Tensor]) -> Iterator[Measured]:
         """Measure videos (T, H, W, 3), uint8, together."""
-        if self._wants(KID) and KID not in self.absent():
-            features = [self.judge.embed_video(frames.numpy()).cpu() for frames in videos]
-            reference = load_features(self.of_judge)
-            yield from measure([KID], self._judge_backend, lambda: {KID: kid(torch.stack(features), reference)})
+        if self.takes_part:
+            yield from of_features([self.feature(frames) for frames in videos], self.of_judge, self.device)
+
+    @property
+    def takes_part(self) -> bool:
+        """Whether what is measured of videos together is wanted, and can be had."""
+        return self._wants(KID) and KID not in self.absent()
+
+    def feature(self, frames: Tensor) -> Tensor:
+        """What a video (T, H, W, 3), uint8, is among others: its embedding (E,) by the judge."""
+        return self.judge.embed_video(frames.numpy()).cpu()
 
     def _wants(self, name: str) -> bool:
         return self.wanted is None or name in self.wanted
@@ -135,7 +169,10 @@ class VideoScores:
     def _families(self, frames: np.ndarray, prompt: Prompt | None, reference: Tensor | None, fps: float, path: Path):
         """Metrics that are computed together: their names, what computes them, and the call."""
         numpy, opencv = "numpy/cpu", f"opencv-{importlib.metadata.version('opencv-python-headless')}/cpu"
-        yield [FLICKER], numpy, lambda: {FLICKER: temporal_flickering(frames)}
+        promise = promised(prompt) if prompt else {}
+        keeps = [name for name, needed in PROMISES.items() if promise.keys() >= set(needed)]
+        flickering = [FLICKER, *(name for name in keeps if name == STATIC)]
+        yield flickering, numpy, lambda: dict.fromkeys(flickering, temporal_flickering(frames))
         yield GUARDS, numpy, lambda: guards(frames, self.size)
         yield SMOOTHNESS, opencv, lambda: motion_smoothness(frames)
         yield DYNAMIC, opencv, lambda: dynamic_degree(frames, fps)
@@ -143,30 +180,37 @@ class VideoScores:
         if reference is not None:
             torchmetrics = f"torchmetrics-{importlib.metadata.version('torchmetrics')}/{self.device.type}"
             yield FIDELITY, torchmetrics, lambda: fidelity(frames, reference.numpy(), self.device)
-        words = prompt.attributes if prompt else {}
-        promised = {name: words[name] for name in self.promised if name in words}
-        if promised:
-            names = ("oracle.presence", "oracle.all", *(f"oracle.{name}" for name in promised))
-            yield names, opencv, lambda: self.oracle(frames, promised)
-        yield from self._judged(frames, prompt, promised)
+        words = [name for name in ATTRIBUTES if name in promise]
+        names = ["oracle.presence", "oracle.all", *(f"oracle.{name}" for name in words)] if words else []
+        names += [name for name in keeps if name.startswith("oracle.")]
+        if names:
+            yield names, opencv, lambda: self.oracle(frames, promise, fps)
+        yield from self._judged(frames, prompt, words)
         yield from self.official.families(frames, prompt.text if prompt else None, fps, path)
 
-    def _judged(self, frames: np.ndarray, prompt: Prompt | None, promised: dict[str, str]):
+    def _judged(self, frames: np.ndarray, prompt: Prompt | None, words: list[str]):
         if self.judge is None:
             return
-        backend = self._judge_backend
+        backend = judge_backend(self.device)
         if prompt is not None:
             yield [ALIGNMENT], backend, lambda: {ALIGNMENT: self.judge.text_alignment(frames, prompt.text)}
+            yield [RETRIEVAL], backend, lambda: {RETRIEVAL: self._retrieved(frames, prompt.text)}
         yield [CONSISTENCY], backend, lambda: {CONSISTENCY: self.judge.frame_consistency(frames)}
-        for name in promised:
+        for name in words:
             yield [f"judge.{name}"], backend, partial(self._choice, frames, prompt, name)
 
-    @property
-    def _judge_backend(self) -> str:
-        return f"open_clip-{importlib.metadata.version('open-clip-torch')}/{self.device.type}"
+    @cached_property
+    def _texts(self) -> tuple[list[str], Tensor]:
+        """Distinct texts of all prompts that the judge can read, and their embeddings: in one batch, whatever is scored first."""
+        texts = [text for text in self.texts if self.judge.vocabulary.reads(text)]
+        return texts, self.judge.embed_texts(texts) if texts else torch.empty(0)
+
+    def _retrieved(self, frames: np.ndarray, text: str) -> float:
+        texts, embeddings = self._texts
+        return self.judge.retrieval(frames, text, embeddings[[other != text for other in texts]])
 
     def _choice(self, frames: np.ndarray, prompt: Prompt, name: str) -> dict[str, float]:
-        if grammar.caption(prompt.attributes) != prompt.text:
+        if not is_sentence(prompt):
             raise UndefinedError(
                 f"the prompt is not the grammar's sentence for its attributes, so no {name} can be swapped"
             )
@@ -179,6 +223,21 @@ def canonical_masks() -> dict[str, np.ndarray]:
     axis = torch.linspace(-1.3, 1.3, MASK_SIDE)
     v, u = torch.meshgrid(axis, axis, indexing="ij")
     return {name: (distance(u, v) < 0).numpy() for name, distance in render.DISTANCES.items()}
+
+
+def judge_backend(device: torch.device) -> str:
+    return f"open_clip-{importlib.metadata.version('open-clip-torch')}/{device.type}"
+
+
+def of_features(features: list[Tensor], judge: Path, device: torch.device) -> Iterator[Measured]:
+    """What is measured of videos together, from the feature of each; `device` is where these were computed."""
+
+    def distance() -> dict[str, float]:
+        if len(features) < 2:
+            raise UndefinedError(f"a distance of sets needs two videos, got {len(features)}")
+        return {KID: kid(torch.stack(features), load_features(judge))}
+
+    yield from measure([KID], judge_backend(device), distance)
 
 
 def measure(names, backend: str, compute: Callable[[], dict]) -> Iterator[Measured]:

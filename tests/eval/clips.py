@@ -1,5 +1,7 @@
 """Hand-made clips and edits that the tests of video metrics share; they need no renderer of the package."""
 
+import itertools
+
 import cv2
 import numpy as np
 
@@ -70,3 +72,21 @@ def held(video: np.ndarray) -> np.ndarray:
 def flickering(video: np.ndarray, deviation: float) -> np.ndarray:
     """Brightness of whole frames drawn at random."""
     return to_uint8(video + np.random.default_rng(4).standard_normal((len(video), 1, 1, 1)) * deviation)
+
+
+def jittering(video: np.ndarray, deviation: float) -> np.ndarray:
+    """Every frame moved by a few pixels of its own, as a hand-held camera does."""
+    rng = np.random.default_rng(5)
+    moves = [np.float32([[1, 0, x], [0, 1, y]]) for x, y in rng.standard_normal((len(video), 2)) * deviation]
+    size = video.shape[2], video.shape[1]
+    pairs = zip(video, moves, strict=True)
+    return np.stack([cv2.warpAffine(frame, move, size, borderMode=cv2.BORDER_REPLICATE) for frame, move in pairs])
+
+
+def assert_order(*scores) -> None:
+    """Scores of the same scenes, lowest first: each mean exceeds the one before by three standard errors of the paired difference."""
+    for lower, higher in itertools.pairwise(scores):
+        change = np.asarray(higher, float) - np.asarray(lower, float)
+        assert len(change) >= 6
+        error = change.std(ddof=1) / np.sqrt(len(change))
+        assert change.mean() > 3 * error, f"{change.mean():.3g} is not above three times {error:.3g}"

@@ -2,7 +2,10 @@
 
 import csv
 import json
+import os
+import shutil
 import socket
+import subprocess
 import sys
 
 import pytest
@@ -10,9 +13,12 @@ import torch
 from clips import moving_disc
 
 from sla2.errors import UserError
-from sla2.video import write_mp4
+from sla2.video import read_video, write_mp4
 from sla2_eval import cli, folder
 from sla2_eval.metrics.catalogue import METRICS
+from sla2_eval.metrics.kid import kid
+from sla2_eval.trained_judge import load_features, load_judge
+from sla2_eval.video_scores import KID, NO_JUDGE, RETRIEVAL
 
 CHEAP = "temporal_flickering,guard,proxy.flow_top5,clip_score"
 
@@ -56,11 +62,10 @@ def test_all_metrics_without_a_network(videos, tmp_path, monkeypatch, capsys):
     run(videos, "--prompts", tmp_path / "prompts.csv", "--metrics", "all", "--out", tmp_path / "scores.csv")
     found = rows(tmp_path / "scores.csv")
     wanted = {
-        name
-        for name in METRICS
-        if not name.startswith(("attention.", "sparsity.", "floor.", "proxy.kid", "vbench_official."))
+        name for name in METRICS if not name.startswith(("attention.", "sparsity.", "floor.", "vbench_official."))
     }
     assert {metric for _, metric in found} == wanted
+    assert found.pop((folder.TOGETHER, KID))["reason"] == NO_JUDGE
     assert {name for name, _ in found} == {"a.mp4", "b.mp4", "broken.mp4", "more/c.mp4"}
     told = json.loads((tmp_path / "scores.csv.provenance.json").read_text())
     assert set(told["settings"]["metrics"]) == wanted
@@ -72,17 +77,65 @@ def test_all_metrics_without_a_network(videos, tmp_path, monkeypatch, capsys):
     assert {row["status"] for row in found.values() if not row["value"]} == {"not_available"}
     assert "ViT-B-32.pt" in found["a.mp4", "clip_score.vit_b32"]["reason"]
     assert found["a.mp4", "fidelity.psnr"]["reason"] == "no reference folder was given"
-    assert {found["broken.mp4", metric]["reason"].split(":")[0] for metric in wanted} == {"unreadable"}
+    assert {found["broken.mp4", metric]["reason"].split(":")[0] for metric in wanted - {KID}} == {"unreadable"}
     assert 0.5 < float(found["b.mp4", "temporal_flickering"]["value"]) < 1
     answer = capsys.readouterr().out
     assert "mean of 3, 1 without" in answer
     assert "unreadable: broken.mp4" in answer
 
 
+def test_writes_nothing_but_its_results(videos, tmp_path):
+    """In a process of its own, from import to end: no socket, and no file in the home or the working folder."""
+    home, place, out = (tmp_path / name for name in ("home", "place", "out"))
+    for empty in (home, place, out):
+        empty.mkdir()
+    program = (
+        "import socket, sys\n"
+        "def refuse(*_): raise AssertionError('a connection was asked for')\n"
+        "socket.socket.connect = refuse\n"
+        "from sla2_eval import cli\n"
+        f"sys.argv = ['sla2-eval', {str(videos)!r}, '--out', {str(out / 'scores.csv')!r}]\n"
+        "cli.main()\n"
+    )
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("XDG_", "HF_", "TORCH_"))}
+    answer = subprocess.run(
+        [sys.executable, "-c", program], cwd=place, env=kept | {"HOME": str(home)}, capture_output=True, text=True
+    )
+    assert answer.returncode == 0, answer.stderr
+    assert [path for empty in (home, place) for path in empty.rglob("*") if path.is_file()] == []
+    assert {path.name for path in out.iterdir()} == {"scores.csv", "scores.csv.provenance.json", ".scores.parts"}
+
+
 def test_four_workers_give_the_same_file(videos, tmp_path):
     run(videos, "--metrics", "all", "--out", tmp_path / "one.csv")
     run(videos, "--metrics", "all", "--out", tmp_path / "four.csv", "--workers", 4)
     assert (tmp_path / "one.csv").read_bytes() == (tmp_path / "four.csv").read_bytes()
+
+
+def test_distance_of_the_folder_to_the_judge_s_clips(videos, judge_folder, tmp_path):
+    """One row of all readable videos, the same for any number of workers and when a run goes on; a failed gate is its reason."""
+    passing = tmp_path / "judge"
+    shutil.copytree(judge_folder, passing)
+    gates = json.loads((passing / "gates.json").read_text())
+    (passing / "gates.json").write_text(json.dumps(gates | {"gate": 0.0}))
+    wanted = ("--metrics", KID, "--judge", passing)
+    run(videos, *wanted, "--out", tmp_path / "one.csv")
+    run(videos, *wanted, "--out", tmp_path / "two.csv", "--workers", 2)
+    run(videos, *wanted, "--out", tmp_path / "one.csv")
+    assert (tmp_path / "one.csv").read_bytes() == (tmp_path / "two.csv").read_bytes()
+    (found,) = rows(tmp_path / "one.csv").values()
+    judge, _ = load_judge(passing, torch.device("cpu"))
+    names = ("a.mp4", "b.mp4", "more/c.mp4")
+    features = torch.stack([judge.embed_video(read_video(videos / name)[0].numpy()) for name in names])
+    assert float(found["value"]) == pytest.approx(kid(features, load_features(passing)), rel=1e-6)
+    run(videos, "--metrics", KID, "--judge", judge_folder, "--out", tmp_path / "failed.csv")
+    assert rows(tmp_path / "failed.csv")[folder.TOGETHER, KID]["reason"].startswith("gate: forced-choice accuracy of ")
+    single = tmp_path / "videos"
+    single.mkdir()
+    shutil.copy(videos / "a.mp4", single)
+    run(single, *wanted, "--out", tmp_path / "single.csv")
+    reason = rows(tmp_path / "single.csv")[folder.TOGETHER, KID]["reason"]
+    assert reason == "undefined: a distance of sets needs two videos, got 1"
 
 
 def test_resumes_by_video(videos, tmp_path, monkeypatch):
@@ -121,6 +174,11 @@ def test_a_changed_video_or_prompt_is_scored_again(videos, tmp_path):
     prompts = folder.read_prompts(tmp_path / "p.csv", ["0.mp4", "1.mp4"])
     asked = folder.Job(place, ("temporal_flickering",), prompts, None, None, {}, "cpu")
     assert asked.identity("0.mp4") != before[0]
+    (tmp_path / "p.csv").write_text("video,prompt\n0,a cat\n1,a dog\n")
+    more = folder.read_prompts(tmp_path / "p.csv", ["0.mp4", "1.mp4"])
+    for metric, depends in (("temporal_flickering", False), (RETRIEVAL, True)):
+        one, both = (folder.Job(place, (metric,), found, None, None, {}, "cpu") for found in (prompts, more))
+        assert (one.identity("0.mp4") != both.identity("0.mp4")) == depends, metric
 
 
 def test_reference_gives_fidelity(videos, tmp_path):

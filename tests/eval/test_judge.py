@@ -10,10 +10,10 @@ import pytest
 import torch
 from conftest import JUDGE
 
-from sla2 import grammar
+from sla2 import grammar, scenes
 from sla2.data import Clips
 from sla2.errors import UserError
-from sla2_eval.judge import fit_naturalness, learn, parameter_groups, train, vary
+from sla2_eval.judge import fit_naturalness, learn, parameter_groups, speeds_of, train, vary
 from sla2_eval.metrics.frames import UndefinedError, middle_frames
 from sla2_eval.metrics.text_alignment import StoryboardClip, Vocabulary, storyboard
 from sla2_eval.trained_judge import choices_of, forced_choice_accuracy, gate_failure, load_judge, swapped
@@ -173,6 +173,15 @@ def test_files_round_trip_offline(judge_folder, judge_data, offline):
 def test_training_is_repeatable_offline(judge_folder, judge_data, tmp_path, offline):
     learn(JUDGE, judge_data, CPU, tmp_path)
     assert (tmp_path / "gates.json").read_bytes() == (judge_folder / "gates.json").read_bytes()
+
+
+def test_speeds_are_read_off_the_scenes():
+    """Ways over the clip become short sides a second, whatever the direction; the spread around a word leaves its median."""
+    video = {"frames": 17, "height": 64, "width": 64, "fps": 8}
+    mixed = scenes.SIMPLE | {"speeds": {"slow": 0.2, "fast": 0.4}, "directions": list(grammar.DIRECTIONS)}
+    drawn = [scenes.sample(mixed, video, 0, "heldout", index) for index in range(100)]
+    assert speeds_of(drawn) == pytest.approx({"slow": 0.1, "fast": 0.2}, rel=0.02)
+    assert speeds_of([None]) == {}
 
 
 def test_changed_weights_are_refused(judge_folder, tmp_path):

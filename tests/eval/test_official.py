@@ -156,7 +156,7 @@ def test_overall_consistency_repeats_the_last_frame_of_a_short_clip() -> None:
 
 def flow(speed: float):
     """Everything moves by so many pixels."""
-    return lambda before, after: torch.full((1, *before.shape[2:]), speed)
+    return lambda before, after: torch.full((len(before), *before.shape[2:]), speed)
 
 
 def test_dynamic_degree_by_hand() -> None:
@@ -179,6 +179,53 @@ def test_dynamic_degree_by_hand() -> None:
     assert vbench.dynamic_degree(video, 16, some(9), CPU) == 0
     with pytest.raises(UndefinedError, match="got 2"):
         vbench.dynamic_degree(video[:4], 16, flow(9), CPU)
+
+
+def small_flow() -> torch.nn.Module:
+    """RAFT's modules at a size that a test can run, with random weights."""
+    from torchvision.models.optical_flow import raft_small
+
+    torch.manual_seed(3)
+    return raft_small(weights=None).eval()
+
+
+@pytest.mark.parametrize("count", [2, 5, 16])
+def test_pairs_in_batches_are_pairs_one_by_one(monkeypatch, count) -> None:
+    """Flow, interpolation and what is made of them: no pair sees another, also in a last batch that is not full."""
+    video = moving_disc(0, frames=9, side=128)
+    raft_net, amt_net = small_flow(), amt.AmtS().eval()
+    sizes = []
+
+    def speeds(before, after):
+        sizes.append(len(before))
+        return raft.speeds(raft_net, before, after)
+
+    def measured():
+        frames = vbench.images(video)
+        top = vbench._top(frames[:-1], frames[1:], 0.05, speeds, CPU)
+        return top, vbench.dynamic_degree(video, 8, speeds, CPU), vbench.motion_smoothness(video, amt_net, CPU)
+
+    alone = measured()
+    assert set(sizes) == {1}
+    sizes.clear()
+    monkeypatch.setattr(vbench, "pairs_at_once", lambda height, width, device: count)
+    together = measured()
+    assert max(sizes) == min(count, 8)
+    torch.testing.assert_close(together[0], alone[0], rtol=1e-4, atol=1e-4)
+    assert together[1] == alone[1]
+    assert together[2] == pytest.approx(alone[2], abs=1e-6)
+
+
+def test_batches_of_pairs_are_bounded_by_memory() -> None:
+    gpu = torch.device("cuda")
+    assert vbench.pairs_at_once(480, 832, CPU) == 1
+    for height, width in ((64, 64), (480, 832), (720, 1280), (2160, 3840)):
+        count = vbench.pairs_at_once(height, width, gpu)
+        volume = 4 * (height // 8 * (width // 8)) ** 2
+        assert count == 1 or count * volume <= vbench.PAIR_BYTES
+    assert vbench.pairs_at_once(64, 64, gpu) == vbench.BATCH
+    assert vbench.pairs_at_once(480, 832, gpu) == 8
+    assert vbench.pairs_at_once(2160, 3840, gpu) == 1
 
 
 def test_top_share_of_speeds() -> None:
@@ -218,6 +265,59 @@ def test_motion_smoothness_by_hand() -> None:
     assert found == pytest.approx(1 - (25 + 110) / 2 / 255)
     with pytest.raises(UndefinedError, match="three frames"):
         vbench.motion_smoothness(video[:2], lambda before, after: before, CPU)
+
+
+def dimensions(video: np.ndarray) -> dict[str, float | str]:
+    """Every dimension by a network that answers at once: its value, or `undefined`."""
+
+    def colours(frames):
+        return frames.mean((2, 3))
+
+    def still(before, after):
+        return flow(20.0 * float((before.float() - after.float()).abs().mean() > 0))(before, after)
+
+    calls = {
+        "imaging": lambda: vbench.imaging_quality(video, lambda frames: frames.mean((1, 2, 3)), CPU),
+        "aesthetic": lambda: vbench.aesthetic_quality(video, colours, lambda feature: feature[:, :1], CPU),
+        "overall": lambda: vbench.overall_consistency(video, lambda clip: torch.tensor([0.2]), CPU),
+        "smoothness": lambda: vbench.motion_smoothness(video, lambda before, after: (before + after) / 2, CPU),
+        "subject": lambda: vbench.subject_consistency(video, colours, CPU),
+        "background": lambda: vbench.background_consistency(video, colours, CPU),
+        "flickering": lambda: vbench.static_flickering(video, flow(0.0), CPU),
+        "dynamic": lambda: vbench.dynamic_degree(video, 8, still, CPU),
+    }
+    found: dict[str, float | str] = {}
+    for name, call in calls.items():
+        try:
+            found[name] = call()
+        except UndefinedError:
+            found[name] = "undefined"
+    return found
+
+
+@pytest.mark.parametrize(
+    ("frames", "undefined"),
+    [
+        (1, {"smoothness", "subject", "background", "flickering", "dynamic"}),
+        (2, {"smoothness", "dynamic"}),
+        (3, set()),
+    ],
+)
+def test_short_clips_are_undefined_where_vbench_stops_or_divides_by_zero(frames, undefined) -> None:
+    found = dimensions(moving_disc(0, frames=frames))
+    assert {name for name, value in found.items() if value == "undefined"} == undefined
+    assert all(math.isfinite(value) for value in found.values() if value != "undefined")
+
+
+@pytest.mark.parametrize(
+    "video", [frozen(moving_disc(0)), np.full((17, 64, 64, 3), 90, np.uint8)], ids=["static", "blank"]
+)
+def test_static_and_blank_clips_look_perfect(video) -> None:
+    found = dimensions(video)
+    for name in ("smoothness", "subject", "background", "flickering"):
+        assert found[name] == pytest.approx(1, abs=1e-5), name
+    assert found["dynamic"] == 0
+    assert dimensions(moving_disc(0))["dynamic"] == 1
 
 
 def test_amt_fetches_from_where_the_flow_points() -> None:

@@ -15,6 +15,7 @@ from sla2.errors import UserError
 from sla2_eval import report
 from sla2_eval.claims import CLAIMS
 from sla2_eval.efficiency import efficiency
+from sla2_eval.palette import style
 from sla2_eval.table_set import TableSet
 
 
@@ -159,3 +160,15 @@ def test_number(value, text):
 
 def test_number_ends_with_a_digit():
     assert report.number(440.3, 3) == "440"
+
+
+def test_flagged_videos_stay_in_means_and_their_rate_is_told(page, study):
+    """The random router's videos of one prompt in every few are static: their share is on the page, and no mean leaves them out."""
+    tables = TableSet(study / "tables")
+    flagged = {variant: row for variant, row in tables.metric("guard.static").items() if row["mean"]}
+    assert flagged
+    text = re.sub(r"<[^>]+>", "", html.unescape((page / "index.html").read_text()))
+    for variant, row in flagged.items():
+        assert row["mean"] == pytest.approx(1 / len(small_study.PROMPTS))
+        assert tables.metric("temporal_flickering")[variant]["n_values"] == row["n_values"]
+        assert f"{style(variant).label}, guard.static {100 * row['mean']:.0f}%" in text

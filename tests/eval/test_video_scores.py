@@ -14,7 +14,7 @@ from sla2.data import Clips
 from sla2.prompts import Prompt
 from sla2_eval.metrics.catalogue import METRICS
 from sla2_eval.official import FILES, NEEDS, NO_COMMAND
-from sla2_eval.video_scores import FIDELITY, NO_JUDGE, VideoScores, canonical_masks
+from sla2_eval.video_scores import FIDELITY, NO_JUDGE, NO_SPEEDS, VideoScores, canonical_masks
 
 CPU = torch.device("cpu")
 SETS = {"proxy.kid_indomain"}  # of several videos together
@@ -25,7 +25,9 @@ OF_VIDEOS = {
 }
 JUDGED = ("color", "shape", "direction")
 OFFICIAL = {*NEEDS, "vision_reward"}
-INDOMAIN = ("proxy.text_alignment_clip_indomain", "proxy.frame_consistency_clip_indomain")
+RETRIEVAL, STATIC = "proxy.retrieval_r1_clip_indomain", "temporal_flickering_static"
+INDOMAIN = ("proxy.text_alignment_clip_indomain", RETRIEVAL, "proxy.frame_consistency_clip_indomain")
+OTHER = Prompt("q", "a red square moves up", {"color": "red", "shape": "square", "direction": "up"})
 
 
 @pytest.fixture(scope="module")
@@ -61,13 +63,16 @@ def measured(found: VideoScores, *clip) -> dict:
 
 
 def test_every_metric_has_a_value_where_all_gates_pass(passing, clip):
-    found = scores(passing, [clip[1]])
+    found = scores(passing, [clip[1], OTHER])
     rows = measured(found, *clip)
-    assert set(rows) == OF_VIDEOS - OFFICIAL
+    assert set(rows) == OF_VIDEOS - OFFICIAL - {STATIC}
     assert not [row for row in rows.values() if row.value is None]
-    assert set(found.absent()) == OFFICIAL
-    for name in ("presence", *JUDGED, "all"):
+    assert set(found.absent()) == OFFICIAL | {STATIC}
+    assert found.absent()[STATIC] == "no prompt promises a static scene"
+    for name in ("presence", *JUDGED, "all", "speed", "count"):
         assert rows[f"oracle.{name}"].value == 1
+    assert rows["oracle.count_error"].value == 0
+    assert 0 <= rows["oracle.velocity_error"].value < 0.2
 
 
 def test_a_failed_gate_is_a_reason(judge_folder, clip):
@@ -116,10 +121,13 @@ def test_what_no_prompt_promises_is_absent(passing, clip):
     found = scores(passing, [Prompt("p", "a red circle", {"color": "red", "shape": "circle"})])
     absent = found.absent()
     assert absent["oracle.direction"] == absent["judge.direction"] == "no prompt promises a direction"
+    assert absent["oracle.velocity_error"] == "no prompt promises a direction and a speed"
+    assert absent["oracle.count"] == "no prompt promises a number of things"
     free = scores(passing, [Prompt("p", "a cat", {})])
     assert free.absent()["oracle.all"] == "no prompt says what its video must show"
     rows = measured(free, frames, Prompt("p", "a cat", {}), reference)
     assert set(rows) | set(free.absent()) == OF_VIDEOS
+    assert free.absent()[RETRIEVAL] == "fewer than two of the prompts are texts that the judge can read"
     assert rows["proxy.text_alignment_clip_indomain"].reason == "undefined: the judge never read 'cat'"
 
 
@@ -134,7 +142,7 @@ def test_a_prompt_in_other_words_cannot_be_swapped(passing, clip):
 def test_without_reference_there_is_no_fidelity(passing, clip):
     frames, prompt, _ = clip
     rows = measured(scores(passing, [prompt]), frames, prompt, None)
-    assert OF_VIDEOS - OFFICIAL - set(rows) == set(FIDELITY)
+    assert OF_VIDEOS - OFFICIAL - set(rows) == {*FIDELITY, RETRIEVAL, STATIC}
 
 
 def test_undefined_for_this_video(passing, clip):
@@ -146,7 +154,8 @@ def test_undefined_for_this_video(passing, clip):
     assert rows["proxy.interp_gain"].reason.startswith("undefined: nothing moves: every judged frame equals")
     assert rows["guard.static"].value == rows["guard.blank"].value == 1
     assert rows["fidelity.psnr"].value == 100
-    assert {rows[f"oracle.{name}"].value for name in ("presence", "all", *JUDGED)} == {0.0}
+    assert {rows[f"oracle.{name}"].value for name in ("presence", "all", *JUDGED, "speed", "count")} == {0.0}
+    assert rows["oracle.velocity_error"].reason == "undefined: no thing was found"
 
 
 def test_a_single_frame(passing, clip):
@@ -189,3 +198,43 @@ def test_frame_consistency_keeps_its_order(passing, clip):
     alternating = np.stack([frozen[0] if t % 2 == 0 else other[0] for t in range(len(frames))])
     assert judge.frame_consistency(alternating) < judge.frame_consistency(cut) < 1
     assert judge.frame_consistency(frames) == judge.frame_consistency(clip[0]), "arrays and tensors are one path"
+
+
+def test_static_flickering_is_of_prompts_of_rest(passing, clip):
+    """The same number as the unfiltered one, for the prompts that promise rest and for no other."""
+    frames, prompt, reference = clip
+    still = Prompt("s", "a red circle stands still", {"color": "red", "shape": "circle"})
+    found = scores(passing, [prompt, still])
+    assert STATIC not in found.absent()
+    rows = measured(found, frames, still, reference)
+    assert rows[STATIC].value == rows["temporal_flickering"].value < 1
+    assert STATIC not in measured(found, frames, prompt, reference)
+    assert measured(found, frames[:1], still, None)[STATIC].reason == "undefined: temporal flickering needs two frames"
+    assert rows["oracle.speed"].value == 0
+    assert rows["oracle.velocity_error"].reason == "undefined: the prompt promises no motion"
+
+
+def test_a_judge_without_speeds_leaves_a_reason(passing, clip, tmp_path):
+    shutil.copytree(passing, tmp_path / "judge")
+    gates = json.loads((tmp_path / "judge/gates.json").read_text())
+    (tmp_path / "judge/gates.json").write_text(json.dumps(gates | {"speeds": {}}))
+    absent = scores(tmp_path / "judge", [clip[1]]).absent()
+    assert absent["oracle.speed"] == absent["oracle.velocity_error"] == NO_SPEEDS
+    assert "oracle.count" not in absent
+
+
+def test_retrieval_compares_with_every_other_text_of_the_study(passing, clip):
+    """One text is the best of all for a video, and only its prompts are right: the same text twice is no competitor."""
+    frames, *_ = clip
+    prompts = [
+        Prompt(f"{color} {direction}", grammar.caption(words), words)
+        for color in ("red", "blue")
+        for direction in ("left", "up")
+        for words in [{"color": color, "shape": "square", "direction": direction}]
+    ]
+    found = scores(passing, [*prompts, prompts[0], Prompt("x", "a cat", {})])
+    right = [measured(found, frames, one, None)[RETRIEVAL].value for one in prompts]
+    cosines = [measured(found, frames, one, None)["proxy.text_alignment_clip_indomain"].value for one in prompts]
+    assert right == [float(value == max(cosines)) for value in cosines]
+    assert sum(right) == 1
+    assert measured(found, frames, Prompt("x", "a cat", {}), None)[RETRIEVAL].reason.startswith("undefined: the judge")

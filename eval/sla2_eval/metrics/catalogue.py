@@ -19,6 +19,7 @@ UP, DOWN, NEITHER = True, False, None
 METRICS = {
     # Exact, per video.
     "temporal_flickering": Metric("1", UP),
+    "temporal_flickering_static": Metric("1", UP),
     "fidelity.psnr": Metric("dB", UP),
     "fidelity.psnr_pooled": Metric("dB", UP),
     "fidelity.ssim": Metric("1", UP),
@@ -32,6 +33,10 @@ METRICS = {
     "oracle.shape": Metric("1", UP),
     "oracle.direction": Metric("1", UP),
     "oracle.all": Metric("1", UP),
+    "oracle.speed": Metric("1", UP),
+    "oracle.velocity_error": Metric("1", DOWN),
+    "oracle.count": Metric("1", UP),
+    "oracle.count_error": Metric("things", DOWN),
     # Stand-ins with names of their own: never in one column with VBench.
     "proxy.motion_smoothness_dis": Metric("1", UP),
     "proxy.interp_gain": Metric("1", UP),
@@ -39,6 +44,7 @@ METRICS = {
     "proxy.flow_top5": Metric("px/step", NEITHER),
     "proxy.naturalness_niqe_indomain": Metric("1", DOWN),
     "proxy.text_alignment_clip_indomain": Metric("1", UP),
+    "proxy.retrieval_r1_clip_indomain": Metric("1", UP),
     "proxy.frame_consistency_clip_indomain": Metric("1", UP),
     "proxy.kid_indomain": Metric("1", DOWN),  # of a row's videos together
     "judge.color": Metric("1", UP),

@@ -18,6 +18,17 @@ def temporal_flickering(video) -> float:
     Blind spots: motion lowers it by construction, so VBench keeps near-static clips only; compare equal prompts. A frozen or
         blank video scores 1: read the guards beside it. Blur raises it slightly.
 
+    Card: `temporal_flickering_static`, exact.
+
+    Definition: temporal flickering of the videos whose prompts promise a static scene: nothing moves or turns, and the camera rests.
+    Formula: as for temporal flickering.
+    Range: [0, 1]. Direction: higher is steadier.
+    Source: VBench measures static clips only, which it finds by optical flow; here the known scene parameters say which they are
+        (static_filter: scene_params), so that a variant cannot choose its own subset by what it makes move. No weights.
+    UndefinedError: fewer than two frames; no row for a prompt that promises motion.
+    Blind spots: a video that moves against its prompt is not left out, as VBench's filter would, and scores lower for it; a frozen
+        video scores 1; a study without a prompt of rest has no value.
+
     Args:
         video: (T, H, W, 3), uint8 or floats in [0, 1].
 

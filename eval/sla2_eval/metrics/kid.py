@@ -8,7 +8,7 @@ from sla2_eval.metrics.frames import UndefinedError
 def kid(features: Tensor, reference: Tensor) -> float:
     """Card: `proxy.kid_indomain`.
 
-    Definition: how different the videos of a row are, as a set, from held-out clips of the study, in features of the in-domain judge.
+    Definition: how different the videos of a row, or of a folder, are as a set from the held-out clips that the judge was gated on, in features of the in-domain judge.
     Formula: squared maximum mean discrepancy with the kernel (x . y / D + 1)^3, without the terms of a video with itself:
         mean_{i != j} k(x_i, x_j) + mean_{i != j} k(y_i, y_j) - 2 mean k(x_i, y_j).
     Range: (-inf, inf) around 0 for equal sets: the estimate has no bias at any number of videos. Direction: lower is closer.

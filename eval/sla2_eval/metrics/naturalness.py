@@ -27,7 +27,8 @@ class Naturalness:
     Source: the construction of NIQE (Mittal et al. 2013), fitted here on the study's own held-out clips; patch size as configured
         (96 in NIQE); patches of all frames are pooled. No weights.
     UndefinedError: a frame without texture (all patches flat).
-    Blind spots: every temporal edit (freeze, reversal, shuffle) leaves it unchanged; colour is not seen; with flat backgrounds it is
+    Blind spots: every temporal edit (freeze, reversal, shuffle) leaves it unchanged, though with 16 patches a frame instead of 64
+        freezing adds a tenth, and noise of 5 levels goes unseen; colour is not seen; with flat backgrounds it is
         not monotone in blur, so scenes need texture; strong blur saturates.
 
     Args:

@@ -45,6 +45,14 @@ class Vocabulary:
     def size(self) -> int:
         return len(self.words) + 4
 
+    def reads(self, text: str) -> bool:
+        """Whether `check` lets the text pass."""
+        try:
+            self.check(text)
+        except UndefinedError:
+            return False
+        return True
+
     def check(self, text: str) -> None:
         """Raise UndefinedError for a text that the model was not trained to read: its score would be about another text."""
         words = self.split(text)
@@ -145,6 +153,25 @@ class StoryboardClip:
         scores = self.embed_texts([text, *others]) @ self.embed_video(video)
         return float(scores[0] > scores[1:].max())
 
+    def retrieval(self, video, text: str, others: Tensor) -> float:
+        """Card: `proxy.retrieval_r1_clip_indomain`.
+
+        Definition: 1 when the video's own prompt fits it better than every other prompt of the study, else 0: recall at one.
+        Formula: [<e_video, e_text> > max over the other prompts' e of <e_video, e>]; prompts of one text count as one.
+        Range: {0, 1}; chance is 1 / number of texts. Direction: higher is better.
+        Source: in-domain open_clip, as for text alignment; retrieval of texts by videos, as it is usual for CLIP.
+        UndefinedError: as for text alignment; fewer than two texts that the judge can read.
+        Blind spots: depends on which prompts a study has: easy where they differ in much; compare rows of one sheet only.
+
+        Args:
+            video: (T, H, W, 3).
+            text: its prompt.
+            others: unit embeddings (n, E) of the other texts, n >= 1.
+        """
+        self.vocabulary.check(text)
+        embedding = self.embed_video(video)
+        return float(self.embed_texts([text])[0] @ embedding > (others @ embedding).max())
+
     def frame_consistency(self, video) -> float:
         """Card: `proxy.frame_consistency_clip_indomain`.
 
@@ -157,12 +184,14 @@ class StoryboardClip:
         Blind spots: a frozen or blank video scores 1: read the guards; the embedding follows the object's place, so moving clips
             stay well below 1.
         """
-        frames = _shrink(as_uint8(video), self.side)
-        if len(frames) < 2:
+        if len(video) < 2:
             raise UndefinedError("frame consistency needs two frames")
-        features = self.embed_boards(
-            np.stack([_tile(np.stack([frame] * self.frames), self.columns) for frame in frames])
-        )
+        features = self.frame_features(video)
         previous = (features[1:] * features[:-1]).sum(-1).clamp_min(0)
         first = (features[1:] @ features[0]).clamp_min(0)
         return float((previous + first).mean() / 2)
+
+    def frame_features(self, video) -> Tensor:
+        """Unit embeddings (T, E) of storyboards that repeat one frame each."""
+        frames = _shrink(as_uint8(video), self.side)
+        return self.embed_boards(np.stack([_tile(np.stack([frame] * self.frames), self.columns) for frame in frames]))
