@@ -11,7 +11,7 @@ The last kept block comes first: a table line ascends, so it alone can be ragged
 (`low_bit`) Q is quantised where it is used, and V8's keys lie in the order in which P's registers are an 8-bit operand. The loops over
 key blocks are `hopper_bf16` and `hopper_low_bit`, by the type of P and V.
 
-Legend: HALF which 64 rows; tiles are of 64 rows; BD the power of two that holds D; STAGES key tiles in flight; `turn` counts key
+Legend: HALF which 64 rows; tiles are of 64 rows, those of K of two key blocks; BD the power of two that holds D; STAGES key tiles in flight; `turn` counts key
 tiles and `number` query blocks since the program began: ring slot and barrier phase follow from them. A ring has a barrier `full`
 that TMA completes and a barrier `empty` at which both groups arrive.
 """
