@@ -293,17 +293,19 @@ def work(row: Variant, mask: Tensor | None, base, attention: AttentionSettings) 
         words = {"attention": row.attention, "router": row.router, "mixing": row.mixing}
         layer = layer_flops(mask, base.tokens, base.head_dim, *blocks, **words)
         sparsity = realised_sparsity(mask, base.tokens, *blocks)
-    forward = {part: base.layers * getattr(layer, part) for part in ("router", "sparse", "linear", "mixing")}
+    items = {part: getattr(layer, part) for part in ("router", "sparse", "linear", "mixing")}
     dense_forward = base.layers * base.heads * dense
     return {
         "flops.per_head": (layer.total / base.heads, "FLOP", False),
+        **{f"flops.per_head.{part}": (value / base.heads, "FLOP", False) for part, value in items.items()},
         "flops.dense_per_head": (dense, "FLOP", False),
         "flops.dense_per_layer": (base.heads * dense, "FLOP", False),
         "flops.per_layer": (layer.total, "FLOP", False),
-        "flops.per_forward": (sum(forward.values()), "FLOP", False),
-        **{f"flops.per_forward.{part}": (value, "FLOP", False) for part, value in forward.items()},
+        **{f"flops.per_layer.{part}": (value, "FLOP", False) for part, value in items.items()},
+        "flops.per_forward": (base.layers * layer.total, "FLOP", False),
+        **{f"flops.per_forward.{part}": (base.layers * value, "FLOP", False) for part, value in items.items()},
         "flops.dense_per_forward": (dense_forward, "FLOP", False),
-        "flops.reduction": (dense_forward / sum(forward.values()), "1", True),
+        "flops.reduction": (dense_forward / (base.layers * layer.total), "1", True),
         "sparsity.realised": (sparsity, "1", None),
     }
 

@@ -41,6 +41,7 @@ PROMPT = Prompt("p", grammar.caption(WORDS), WORDS)
 OTHER = Prompt("q", grammar.caption(WORDS | {"direction": "left"}), WORDS | {"direction": "left"})  # to retrieve among
 # What one call computes together, cheap ones first.
 TOGETHER = ("guard.", "fidelity.", "oracle.")
+SMALL = (9, 64, 64)  # frames, height and width of a first call on a CPU
 ALSO = {
     "proxy.interp_gain": "proxy.motion_smoothness_dis",
     "proxy.flow_top5": "proxy.dynamic_degree_dis",
@@ -105,7 +106,9 @@ def cost(group: list[str]) -> int:
 def measure(
     device: torch.device, size: tuple[int, int, int], judge: Path | None, deadline: float, known: dict[str, dict]
 ) -> Iterator[dict]:
-    """Rows of every metric, as they are measured; the second call of each on a GPU, as the first loads and compiles.
+    """Rows of every metric, as they are measured; the second call of each, as the first imports, loads and compiles.
+
+    The first call is of the same clip on a GPU and of a small one on a CPU, where nothing depends on the size but time.
 
     Args:
         size: frames, height, width; judge: folder of a trained judge.
@@ -120,6 +123,7 @@ def measure(
         began = clock()
         frames, fps = read_video(path)
         yield row(device, "(reading the file)", clock() - began)
+    small = frames[: SMALL[0], : SMALL[1], : SMALL[2]]
     wanted = [name for name in METRICS if not name.startswith((*OF_STUDIES, "proxy.kid", "vision_reward"))]
     scores = VideoScores(None, judge, [PROMPT, OTHER], device, RandomOfficial(device))
     absent = scores.absent()
@@ -138,9 +142,9 @@ def measure(
         try:
             for key in keys:
                 scores.official.network(key)
-            for _ in range(2 if keys and device.type == "cuda" else 1):
+            for shown in (frames if device.type == "cuda" else small, frames):
                 began = clock()
-                for _ in scores.of(frames, PROMPT, frames, fps, Path()):
+                for _ in scores.of(shown, PROMPT, shown, fps, Path()):
                     pass
                 seconds = clock() - began
         except ImportError as error:  # of a library that one metric needs and this machine lacks

@@ -17,7 +17,9 @@ from the mean are scaled until their half width is that of the two-way random mo
 one training seed that is the paired t test on prompt means, and the interval says nothing about another training run; with two,
 t(1) makes it wide. Simulated coverage of a 95 % interval is 93 to 97 % from 6 prompts on, where prompts and seeds are normal or
 exponential, whatever two or three training seeds differ by, and from 24 prompts on for 0/1 values; with fewer prompts those take too
-few values, and it is up to 99.9 %.
+few values, and it is up to 99.9 %. Near 0 and 1 it is less even: with 32 prompts and 4 seeds 96.4 and 97.3 % for shares of 0.95 and 0.98, 92.6 % for the
+difference between shares of 0.99 and 0.95 (1,500 runs each). scipy has neither this bootstrap nor Holm's correction; ours are
+tested against its one-level bootstrap and against worked numbers.
 
 A difference of 0/1 values, such as dynamic degree's, takes three values a video, and Student's tails are too thin for that: six of
 eight prompts that lose give p = 0.003, while chance does so in 0.031. Its test flips the signs of prompts instead, in all ways or in as

@@ -106,18 +106,29 @@ def test_writes_nothing_but_its_results(videos, tmp_path):
     assert {path.name for path in out.iterdir()} == {"scores.csv", "scores.csv.provenance.json", ".scores.parts"}
 
 
-def test_four_workers_give_the_same_file(videos, tmp_path):
-    run(videos, "--metrics", "all", "--out", tmp_path / "one.csv")
-    run(videos, "--metrics", "all", "--out", tmp_path / "four.csv", "--workers", 4)
+@pytest.fixture
+def passing(judge_folder, tmp_path):
+    """The same judge with a gate that it passes."""
+    place = tmp_path / "judge"
+    shutil.copytree(judge_folder, place)
+    gates = json.loads((place / "gates.json").read_text())
+    (place / "gates.json").write_text(json.dumps(gates | {"gate": 0.0}))
+    return place
+
+
+def test_four_workers_give_the_same_file(videos, passing, tmp_path):
+    (tmp_path / "prompts.csv").write_text(
+        "video,prompt\na,a red circle moves left\nb,a blue square moves up\nmore/c.mp4,a red circle\n"
+    )
+    wanted = (videos, "--metrics", "all", "--prompts", tmp_path / "prompts.csv", "--judge", passing)
+    run(*wanted, "--out", tmp_path / "one.csv")
+    run(*wanted, "--out", tmp_path / "four.csv", "--workers", 4)
     assert (tmp_path / "one.csv").read_bytes() == (tmp_path / "four.csv").read_bytes()
+    assert rows(tmp_path / "one.csv")["a.mp4", "proxy.text_alignment_clip_indomain"]["status"] == "ok"
 
 
-def test_distance_of_the_folder_to_the_judge_s_clips(videos, judge_folder, tmp_path):
+def test_distance_of_the_folder_to_the_judge_s_clips(videos, passing, judge_folder, tmp_path):
     """One row of all readable videos, the same for any number of workers and when a run goes on; a failed gate is its reason."""
-    passing = tmp_path / "judge"
-    shutil.copytree(judge_folder, passing)
-    gates = json.loads((passing / "gates.json").read_text())
-    (passing / "gates.json").write_text(json.dumps(gates | {"gate": 0.0}))
     wanted = ("--metrics", KID, "--judge", passing)
     run(videos, *wanted, "--out", tmp_path / "one.csv")
     run(videos, *wanted, "--out", tmp_path / "two.csv", "--workers", 2)

@@ -106,6 +106,9 @@ def test_flops(records) -> None:
     assert value(records, "a", "flops.dense_per_layer") == 2 * value(records, "a", "flops.dense_per_head") == dense / 2
     parts = [value(records, "a", f"flops.per_forward.{part}") for part in ("router", "sparse", "linear", "mixing")]
     assert sum(parts) == value(records, "a", "flops.per_forward")
+    for unit in ("head", "layer"):
+        items = [value(records, "a", f"flops.per_{unit}.{part}") for part in ("router", "sparse", "linear", "mixing")]
+        assert sum(items) == pytest.approx(value(records, "a", f"flops.per_{unit}"))
     assert value(records, "a", "flops.per_layer") == value(records, "a", "flops.per_head") * 2
 
 

@@ -2,6 +2,7 @@
 
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
 
 from sla2.errors import run_main
 from sla2_eval import plot
@@ -36,6 +37,7 @@ def draw(tables: TableSet) -> Figure:
                 plot.point(ax, rows[name], place, along="x", names=COLUMNS, fillstyle=plot.fill(rows[name]))
             else:
                 plot.mark_missing(ax, place)
+        ax.xaxis.set_major_locator(MaxNLocator(4))
         ax.set_title(plot.metric_name(tables, metric))
         ax.set_xlabel(plot.with_unit(tables, metric, "mean difference"))
     shade = Patch(color=MARGIN, alpha=0.13, linewidth=0, label="equivalence margin")

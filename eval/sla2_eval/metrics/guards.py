@@ -13,7 +13,8 @@ def guards(video, expected: tuple[int, int, int] | None = None) -> dict[str, flo
         static: no pixel changes by 1/255 between any two neighbouring frames (a single frame is static).
         blank: in every frame and channel the spatial standard deviation is below 2/255.
         saturated: more than half of all values are 0 or 255.
-        not_finite: a value is NaN or infinite; the other guards then look at the finite values only.
+        not_finite: a value is NaN or infinite; the other guards then look at the finite values only. Files hold whole numbers and
+            never raise it: it is for videos that a program hands over.
         size: T, H, W differ from what was asked for.
     Range: {0, 1}. Direction: lower is better.
     Source: metrics that reward sameness give 1 to frozen and blank videos; VBench has no such guard.

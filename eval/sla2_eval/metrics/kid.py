@@ -13,7 +13,7 @@ def kid(features: Tensor, reference: Tensor) -> float:
         mean_{i != j} k(x_i, x_j) + mean_{i != j} k(y_i, y_j) - 2 mean k(x_i, y_j).
     Range: (-inf, inf) around 0 for equal sets: the estimate has no bias at any number of videos. Direction: lower is closer.
     Source: KID (Binkowski et al. 2018) with an open_clip trained by this study in place of Inception; torchmetrics takes sets of one size
-        only, so the formula is ours and tested against it. Emitted only when every attribute passes the judge's gate.
+        only, so the formula is ours and tested against it. Emitted only when colour, shape and direction pass the judge's gate.
     Weights: the study's own judge.
     UndefinedError: fewer than two videos on a side.
     Blind spots: sees sets, not videos: a wrong caption or a pair exchanged costs nothing; sees what the judge sees; one number a

@@ -125,7 +125,8 @@ class StoryboardClip:
         Formula: <e_video, e_text> of unit vectors.
         Range: [-1, 1]. Direction: higher is closer.
         Source: the idea of VBench `overall_consistency`, with an open_clip trained by this study on a split of its own; frozen
-            before any variant is scored. Emitted only when every attribute passes the gate on held-out clips.
+            before any variant is scored. Emitted only when colour, shape and direction pass the gate on held-out clips;
+            speed, number and second colour are not gated.
         UndefinedError: a word that no caption of the training had, or more words than they had.
         Blind spots: knows only this domain's words and looks; a high cosine can hide an attribute that it does not see, hence the
             gates and the forced choices beside it; barely sees the order of frames within a direction.
