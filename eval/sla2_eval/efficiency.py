@@ -11,6 +11,12 @@ SPEEDS = {
     "end_to_end": "end to end",
 }
 ITEMS = ("router", "sparse", "linear", "mixing")
+PARTS = {
+    "denoising": "denoising",
+    "text_encoding.p50": "text",
+    "vae_decoding.p50": "VAE",
+    "writing.p50": "file",
+}  # of a whole video; nothing is offloaded
 
 
 @dataclass(frozen=True)
@@ -31,6 +37,7 @@ class Efficiency:
         flops, dense_flops: of attention in one forward, executed and dense-equivalent; None where not counted.
         shares: of `ITEMS` in the executed FLOPs, adding up to 1; empty where not counted.
         peak_mib: memory of a denoising step; None where not measured.
+        parts: seconds of a whole video by the labels of `PARTS`; empty where not timed.
     """
 
     variant: str
@@ -39,6 +46,7 @@ class Efficiency:
     dense_flops: float | None
     shares: dict[str, float]
     peak_mib: float | None
+    parts: dict[str, float]
 
 
 def efficiency(tables: TableSet) -> list[Efficiency]:
@@ -64,6 +72,7 @@ def _of(tables: TableSet, variant: str) -> Efficiency:
         )
         for name in SPEEDS
     }
+    parts = {label: mean(f"latency.{name}") for name, label in PARTS.items()}
     flops = mean("flops.per_forward")
     items = {name: mean(f"flops.per_forward.{name}") for name in ITEMS}
     counted = flops and None not in items.values()
@@ -74,4 +83,5 @@ def _of(tables: TableSet, variant: str) -> Efficiency:
         mean("flops.dense_per_forward"),
         {name: value / flops for name, value in items.items()} if counted else {},
         mean("memory.denoising_step_peak"),
+        {label: value / 1000 for label, value in parts.items() if value is not None},
     )

@@ -246,12 +246,15 @@ def end_to_end(
     """A whole video of the study's sampler: every step, the prompt and with guidance the empty one, VAE and file."""
     forwards = 2 if settings["guidance"] > 1 else 1
 
+    def denoising(key: str) -> float:
+        return settings["steps"] * forwards * percentiles(times_ms[key])["p50"] / settings["batch"]
+
     def whole(key: str) -> float:
-        steps = settings["steps"] * forwards * percentiles(times_ms[key])["p50"] / settings["batch"]
-        return steps + forwards * around["text_encoding"] + around["vae_decoding"] + around["writing"]
+        return denoising(key) + forwards * around["text_encoding"] + around["vae_decoding"] + around["writing"]
 
     rows: dict[str, tuple] = {f"latency.{name}.p50": (around[name], "ms", False) for name in PARTS}
     rows["latency.offload"] = (None, "ms", False, "nothing is offloaded: all weights stay on the device")
+    rows["latency.denoising"] = (denoising(key), "ms", False)
     rows["latency.end_to_end"] = (whole(key), "ms", False)
     return rows | ratios("end_to_end", whole(DENSE), whole(FA2) if FA2 in times_ms else None, whole(key))
 

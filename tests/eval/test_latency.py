@@ -81,6 +81,7 @@ def test_a_video_is_put_together_from_its_parts(records) -> None:
         return 10 * 2 * step + 2 * 2.0 + 30.0 + 5.0  # steps and guidance, two texts, VAE, file
 
     own, dense = (value(records, "a", f"latency.{n}denoising_step.p50") for n in ("", "dense_"))
+    assert value(records, "a", "latency.denoising") == pytest.approx(10 * 2 * own)
     assert value(records, "a", "latency.end_to_end") == pytest.approx(whole(own))
     assert value(records, "a", "speedup.end_to_end") == pytest.approx(whole(dense) / whole(own))
 

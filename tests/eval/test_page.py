@@ -104,7 +104,9 @@ def test_speed_and_work_have_a_row_for_every_variant(study, page):
     assert sum(line.shares.values()) == pytest.approx(1)
     assert line.shares["router"] == pytest.approx(2e6 / (2e6 + 4e8 * 0.03 + 1e7 + 1e6))
     assert line.shares["router"] > line.shares["mixing"] > found["full"].shares["mixing"] == 0
-    assert section.count('<td class="absent" title="not measured">–</td>') == 2 * len(found), "kernel and end to end"
+    assert section.count('<td class="absent" title="not measured">–</td>') == len(found), "kernel"
+    assert line.parts == pytest.approx({"denoising": 20 * (4.0 * 0.03 + 0.8 + 6) / 1000, "text": 0.015})
+    assert "<small>denoising 0.14 s, text 0.015 s</small>" in section
     assert f'<span class="mean">{report.number(line.speedups["attention_op"].dense, 3)}×</span>' in section
     assert "Timed: reference/cpu float32 N=576 batch=1 threads=1." in section
 
