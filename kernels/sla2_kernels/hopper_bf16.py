@@ -27,7 +27,7 @@ def times_values(p_a, p_b, v_tiles, slot, acc):
 @gluon.jit
 def attend(q, factor, k_ring, v_ring, k_scales, line, kept, turn, N, BD: gl.constexpr, LOW_QK: gl.constexpr,
            STAGES: gl.constexpr):  # fmt: skip
-    """All key blocks but the last pair's P V and one without a partner, see `finish`.
+    """All key blocks but the last pair's P V and one without a partner; state for `finish`, and the next turn.
 
     Args:
         q: rows as the left operand, bf16 or, with LOW_QK, 8 bits; factor: [64] by which a row's scores are multiplied.

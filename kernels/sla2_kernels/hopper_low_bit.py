@@ -94,7 +94,7 @@ def times_half_pair(p_a, p_b, v_tiles, at, CHANNELS: gl.constexpr, HALF_OUT: gl.
 
 @gluon.jit
 def attend(q, factor, k_ring, v_ring, k_scales, line, kept, turn, N, BD: gl.constexpr, STAGES: gl.constexpr):
-    """All key blocks but the last pair's P V and one without a partner, see `finish`.
+    """All key blocks but the last pair's P V and one without a partner; state for `finish`, and the next turn.
 
     Args:
         q: rows in 8 bits as the left operand; factor: [64] by which a row's scores are multiplied, but for the keys' scale.
