@@ -175,6 +175,6 @@ def load_variant(
     """The transformer of a row: weights of `trained` (else the base's), attention installed, adapter loaded, eval mode."""
     transformer = load_transformer(base, trained, dtype)
     install(transformer, variant, settings, base.tokens)
-    if trained is not None and variant.attention != "full":
+    if trained is not None and not variant.dense:
         load_adapter(trained, transformer, base)
     return transformer.eval()

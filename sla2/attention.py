@@ -6,9 +6,10 @@ from pkgutil import resolve_name
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sla2.router import Shape
-from sla2.variant import MIXINGS, QUANTIZERS, ROUTERS, Variant, kept_blocks
+from sla2.variant import ATTENTIONS, MIXINGS, QUANTIZERS, ROUTERS, Variant, kept_blocks
 from sla2_kernels import linear_attention, resolve_backend, sla2_attention, sparse_attention
 from sla2_kernels.reference import num_blocks, pool_blocks, smooth_keys, top_k_mask
 
@@ -37,6 +38,23 @@ class FullAttention(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attend; all (B, H, N, D)."""
         return F.scaled_dot_product_attention(q, k, v)
+
+
+class OtherKernelAttention(nn.Module):
+    """Dense softmax attention through a kernel that torch's SDPA would not choose: equal but for rounding."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attend; all (B, H, N, D)."""
+        with sdpa_kernel(other_kernel(q)):
+            return F.scaled_dot_product_attention(q, k, v)
+
+
+def other_kernel(q: Tensor) -> SDPBackend:
+    """Dense kernel that torch would not choose for such queries."""
+    # In half precision a GPU has flash attention or cuDNN; in fp32 it has neither, so that the memory-efficient one is torch's own choice.
+    if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
+        return SDPBackend.EFFICIENT_ATTENTION
+    return SDPBackend.MATH
 
 
 class SparseLinearAttention(nn.Module):
@@ -122,6 +140,6 @@ class SparseLinearAttention(nn.Module):
 
 def build(variant: Variant, heads: int, head_dim: int, tokens: int, settings: AttentionSettings) -> nn.Module:
     """The attention module of a row."""
-    if variant.attention == "full":
-        return FullAttention()
+    if variant.dense:
+        return resolve_name(ATTENTIONS[variant.attention])()
     return SparseLinearAttention(variant, heads, head_dim, tokens, settings)

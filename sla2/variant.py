@@ -13,10 +13,12 @@ from sla2.errors import UserError
 
 ATTENTIONS = {
     "full": "sla2.attention:FullAttention",  # dense softmax attention
+    "full_other": "sla2.attention:OtherKernelAttention",  # the same by another kernel: the noise floor of rounding
     "sla": "sla2.attention:SparseLinearAttention",  # SLA as published: linear branch over the skipped blocks
     "sla_main": "sla2.attention:SparseLinearAttention",  # SLA as TurboDiffusion runs it: linear branch over all keys
     "sla2": "sla2.attention:SparseLinearAttention",  # SLA2, equations 13 and 14
 }
+DENSE_ATTENTIONS = ("full", "full_other")
 ROUTERS = {
     "none": None,
     "learned": "sla2.router:LearnedRouter",
@@ -62,6 +64,11 @@ class Variant:
     quantization: str
     sparsity: float
     finetune: bool
+
+    @property
+    def dense(self) -> bool:
+        """Whether every query sees every key exactly."""
+        return self.attention in DENSE_ATTENTIONS
 
     @property
     def stage1_group(self) -> str | None:
@@ -138,11 +145,15 @@ def _parse(row: dict, path: Path) -> Variant:
 
 
 def _check_combination(variant: Variant, where: str) -> None:
-    if variant.attention == "full":
+    if variant.dense:
         extras = [axis for axis in ("router", "mixing", "quantization") if getattr(variant, axis) != "none"]
         if extras or variant.sparsity:
             found = ", ".join([*extras, *(["sparsity"] if variant.sparsity else [])])
-            raise UserError(f"{where}: full attention has no {found}; use none, none, none and 0")
+            raise UserError(f"{where}: {variant.attention} attention has no {found}; use none, none, none and 0")
+        if variant.attention == "full_other" and variant.finetune:
+            raise UserError(
+                f"{where}: finetune 'yes', but attention 'full_other' shows what a kernel changes in the untouched model; use no"
+            )
         return
     for axis in ("router", "mixing"):
         if getattr(variant, axis) == "none":

@@ -131,7 +131,7 @@ def self_attentions(transformer: nn.Module) -> list[nn.Module]:
 
 
 def install(transformer: nn.Module, variant: Variant, settings: AttentionSettings, tokens: int) -> None:
-    """Put a row's attention into every block, for good; a row with full attention keeps diffusers' own.
+    """Put a row's attention into every block, for good; a row with attention `full` keeps diffusers' own.
 
     Args:
         tokens: N that alpha is laid out for.

@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from sla2.attention import AttentionSettings, SparseLinearAttention, build
+from sla2.attention import AttentionSettings, FullAttention, OtherKernelAttention, SparseLinearAttention, build
 from sla2.mixing import AlphaMixing
 from sla2.variant import Variant, read_variants
 from sla2_kernels import reference
 
 SETTINGS = AttentionSettings(block_q=16, block_k=8)
 SHEET = read_variants("config/mini.tsv")
-ROWS = [row for row in SHEET.values() if row.attention != "full" and "step" not in row.variant]
+ROWS = [row for row in SHEET.values() if not row.dense and "step" not in row.variant]
 
 
 def row(**changes):
@@ -37,6 +37,24 @@ def test_every_row_runs_at_any_length_with_gradients(variant, tokens):
     for x in (q, k, v):
         assert x.grad.isfinite().all()
         assert x.grad.abs().sum() > 0
+
+
+def kernels(attention, *inputs):
+    """Names of the SDPA kernels that a call runs."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        attention(*inputs)
+    return {e.key for e in profile.key_averages() if e.key.startswith("aten::_scaled_dot_product")}
+
+
+def test_the_other_kernel_is_another_one_and_computes_the_same():
+    variant = row(attention="full_other", router="none", mixing="none", sparsity=0.0, finetune=False)
+    other, full = build(variant, 2, 8, 70, SETTINGS), FullAttention()
+    assert isinstance(other, OtherKernelAttention)
+    q, k, v = qkv()
+    torch.testing.assert_close(other(q, k, v), (q @ k.mT / 8**0.5).softmax(-1) @ v, rtol=1e-12, atol=1e-12)
+    assert kernels(other, q, k, v) == {"aten::_scaled_dot_product_attention_math"}
+    assert kernels(full, q, k, v) == {"aten::_scaled_dot_product_flash_attention_for_cpu"}
+    assert not torch.equal(other(q, k, v), full(q, k, v)), "rounding"
 
 
 def test_sparsity_zero_with_alpha_one_is_full_attention():

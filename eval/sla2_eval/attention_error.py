@@ -9,12 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sla2.adapter import load_adapter
-from sla2.attention import AttentionSettings, SparseLinearAttention
+from sla2.attention import AttentionSettings, OtherKernelAttention, SparseLinearAttention
 from sla2.flow import generator, noisy, predict
 from sla2.latents import Latents
 from sla2.variant import Variant
@@ -43,9 +41,9 @@ def attention_errors(
         settings: config section `score`; `attention_clips` and `attention_sigmas` are read.
 
     Returns:
-        Value by (layer, metric). Rows with full attention have nothing to compare and get an empty answer.
+        Value by (layer, metric). Dense rows have nothing to compare and get an empty answer.
     """
-    if variant.attention == "full":
+    if variant.dense:
         return {}
     layers = self_attentions(transformer)
     former = [layer.processor for layer in layers]
@@ -71,11 +69,11 @@ def kernel_floor(transformer: nn.Module, base: BaseModel, settings: dict) -> dic
     """Card: `floor.attention_rel_l1`, exact.
 
     Definition: dense attention again with another kernel: how far two that compute the same are apart, the noise floor of attention errors.
-    Formula: `attention.rel_l1` of torch's plain softmax(Q K^T / sqrt(d)) V against the kernel that the model runs with, over evenly
-        spaced queries.
+    Formula: `attention.rel_l1` of the kernel of `full_other` (on a GPU the memory-efficient one, on a CPU plain torch) against the one
+        that the model runs with, over evenly spaced queries.
     Range: [0, inf); 1e-7 in fp32, 1e-3 in bf16. Direction: none; errors below it mean nothing.
     Source: ours; measured on the untouched dense model only.
-    Blind spots: says nothing of what the rounding does to a video over many steps.
+    Blind spots: says nothing of what the rounding does to a video over many steps; the fidelity of a row of `full_other` does.
 
     Returns:
         Value by (layer, metric), mean over held-out clips and noise levels; the arguments are those of `attention_errors`.
@@ -86,8 +84,8 @@ def kernel_floor(transformer: nn.Module, base: BaseModel, settings: dict) -> dic
         samples += 1
         for layer, seen in enumerate(captured):
             rows = slice(None, None, max(1, seen["q"].shape[-2] // FLOOR_QUERIES))
-            with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-                again = F.scaled_dot_product_attention(seen["q"][:, :, rows].contiguous(), seen["k"], seen["v"])
+            with torch.no_grad():
+                again = OtherKernelAttention()(seen["q"][:, :, rows].contiguous(), seen["k"], seen["v"])
             error = attention_error(again, seen["o"][:, :, rows])["attention.rel_l1"]
             key = layer, "floor.attention_rel_l1"
             sums[key] = sums.get(key, 0.0) + error

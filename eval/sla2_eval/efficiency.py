@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from sla2.variant import DENSE_ATTENTIONS
 from sla2_eval.table_set import TableSet
 
 SPEEDS = {
@@ -55,9 +56,9 @@ def efficiency(tables: TableSet) -> list[Efficiency]:
 
 
 def timed_on(tables: TableSet) -> list[str]:
-    """What the times hold for: operator, device, dtype and size; those of the rows that are not plain dense first."""
+    """What the times hold for: operator, device, dtype and size; those of the rows that are not dense first."""
     rows = tables.metric("speedup.attention_op")
-    sparse = {name: row for name, row in rows.items() if tables.variants[name]["attention"] != "full"}
+    sparse = {name: row for name, row in rows.items() if tables.variants[name]["attention"] not in DENSE_ATTENTIONS}
     return list(dict.fromkeys(row["backend"] for row in {**sparse, **rows}.values()))
 
 

@@ -7,6 +7,9 @@ each, differ by at most
 
 at the study's confidence: a band about the reference. Where the metric is itself a distance to the dense video, the floor was
 measured: `floor.psnr` and `floor.ssim` between two seeds, `floor.attention_rel_l1` between two dense kernels.
+
+Dense with another kernel: the row of the sheet whose attention is `full_other`. Its fidelity is the distance that rounding alone makes
+of the same noise; of other metrics the floor is how far its mean is from `base`'s, a band about that one.
 """
 
 import math
@@ -14,6 +17,7 @@ from dataclasses import dataclass
 
 from scipy.special import stdtrit
 
+from sla2.variant import BASE
 from sla2_eval.table_set import TableSet
 
 SEEDS, KERNEL = "dense, other seeds", "dense, another kernel"
@@ -49,6 +53,26 @@ def floor_of(tables: TableSet, metric: str, layer: int | None = None) -> Floor |
         return row and Floor(what, row["mean"], row["ci_low"], row["ci_high"], measured=True)
     width, row = change(tables, metric), tables.metric(metric).get(tables.study["reference"])
     return width and Floor(SEEDS, row["mean"], row["mean"] - width, row["mean"] + width, measured=False)
+
+
+def kernel_row(tables: TableSet) -> str | None:
+    """Name of the row that another dense kernel generated; None in a study without one."""
+    return next((name for name, row in tables.variants.items() if row["attention"] == "full_other"), None)
+
+
+def kernel_floor(tables: TableSet, metric: str) -> Floor | None:
+    """Floor of another kernel: measured on attention, else by `kernel_row`; None where that row or `base` has no value."""
+    if DISTANCES.get(metric, (SEEDS,))[0] == KERNEL:
+        return floor_of(tables, metric)
+    rows = tables.metric(metric)
+    row, base = rows.get(kernel_row(tables)), rows.get(BASE)
+    if row and metric.startswith("fidelity."):  # itself a distance to the videos of `base`
+        return Floor(KERNEL, row["mean"], row["ci_low"], row["ci_high"], measured=True)
+    if row is None or base is None:
+        return None
+    # Both rows have the same prompts, seeds and noise, so this is the mean of the paired differences.
+    width = abs(row["mean"] - base["mean"])
+    return Floor(KERNEL, base["mean"], base["mean"] - width, base["mean"] + width, measured=False)
 
 
 def change(tables: TableSet, metric: str) -> float | None:

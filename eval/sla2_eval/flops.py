@@ -22,7 +22,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from sla2.variant import LEARNED_ROUTERS
+from sla2.variant import DENSE_ATTENTIONS, LEARNED_ROUTERS
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def head_flops(
         tokens: N.
         head_dim: d.
         block_q, block_k: tokens in a query block and in a key block.
-        attention: `full`, `sla`, `sla_main` or `sla2`; `sla_main` sums its linear branch over all keys once.
+        attention: `full`, `full_other`, `sla`, `sla_main` or `sla2`; `sla_main` sums its linear branch over all keys once.
         router: `none`, `learned`, `mean_pool` or `random`.
         mixing: `none`, `alpha`, `sum`, `projection`, or `sparse` or `linear`: that branch alone.
 
@@ -82,7 +82,7 @@ def head_flops(
         router, sparse = "none", 0  # neither is needed
     else:
         sparse = 4 * head_dim * int(_kept_pairs(mask, rows, columns))
-    if attention == "full" or (bool(mask.all()) and mixing != "linear"):
+    if attention in DENSE_ATTENTIONS or (bool(mask.all()) and mixing != "linear"):
         return Flops(sparse=sparse)
     state = head_dim * head_dim + head_dim  # entries of one block's h_j and z_j
     gather = len(columns) * state if attention == "sla_main" else 2 * len(rows) * len(columns) * state

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from sla2.attention import AttentionSettings, build
+from sla2.attention import AttentionSettings, SparseLinearAttention, build
 from sla2.device import claim_device
 from sla2.errors import run_main
 from sla2.latents import Latents
@@ -75,7 +75,7 @@ def main() -> None:
     times: dict[str, dict[str, list[float]]] = {}
     with torch.inference_mode(), GpuWatch(device) as watch:
         times["attention_op"] = time_operations(modules, q, k, v, args.settings, device)
-        masks = {key: module.route(q, k) for key, module in modules.items()}
+        masks = {key: m.route(q, k) for key, m in modules.items() if isinstance(m, SparseLinearAttention)}
         times["kernel"] = time_kernels(modules, masks, q, k, v, attention, args.settings, device)
         times["kernel"] |= {key: values for key, values in times["attention_op"].items() if key.startswith(DENSE)}
         transformer = load_transformer(base, dtype=dtype).to(device).eval()
@@ -88,9 +88,9 @@ def main() -> None:
     records = []
     for row in sheet.values():
         key = timing_key(row)
-        backend = "sdpa" if row.attention == "full" else resolve_backend(attention.backend, q)
+        backend = "sdpa" if row.dense else resolve_backend(attention.backend, q)
         rows = {
-            **(timings("kernel", "dense_attention", times["kernel"], key) if key != DENSE else no_kernel()),
+            **(timings("kernel", "dense_attention", times["kernel"], key) if not row.dense else no_kernel()),
             **timings("attention_op", "dense_attention", times["attention_op"], key),
             **timings("denoising_step", "dense_denoising_step", times["denoising_step"], key),
             **end_to_end(times["denoising_step"], key, around, args.settings),
@@ -128,7 +128,7 @@ def timing_key(row: Variant) -> str:
 
 
 def attention_modules(sheet: dict[str, Variant], base, attention: AttentionSettings, device) -> dict[str, nn.Module]:
-    """One fresh attention per timing key, dense left out."""
+    """One fresh attention per timing key, torch's own dense one left out."""
     rows = {timing_key(row): row for row in sheet.values()}
     return {
         key: build(row, base.heads, base.head_dim, base.tokens, attention).to(device).eval()
@@ -174,11 +174,11 @@ def time_kernels(
     settings: dict,
     device: torch.device,
 ) -> dict[str, list[float]]:
-    """Milliseconds of the sparse branch alone by timing key; masks (B, H, T_m, T_n)."""
+    """Milliseconds of the sparse branch alone by timing key; masks (B, H, T_m, T_n), none of dense attention."""
     blocks = {"block_q": attention.block_q, "block_k": attention.block_k, "backend": attention.backend}
     functions = {
-        key: partial(sparse_attention, q, k, v, masks[key], precision=module.quantizer.precision(False), **blocks)
-        for key, module in modules.items()
+        key: partial(sparse_attention, q, k, v, mask, precision=modules[key].quantizer.precision(False), **blocks)
+        for key, mask in masks.items()
     }
     return interleaved_ms(functions, settings["warmup"], settings["repeats"], device)
 
@@ -261,7 +261,7 @@ def end_to_end(
 
 def no_kernel() -> dict[str, tuple]:
     """Dense attention has no sparse branch to time alone."""
-    reason = "full attention has no sparse branch"
+    reason = "dense attention has no sparse branch"
     return {
         **{f"latency.kernel.p{p}": (None, "ms", False, reason) for p in (20, 50, 80)},
         "speedup.kernel": (None, "1", True, reason),
@@ -287,7 +287,7 @@ def ratios(name: str, dense: float, fa2: float | None, own: float) -> dict[str, 
 
 
 def work(row: Variant, mask: Tensor | None, base, attention: AttentionSettings) -> dict[str, tuple]:
-    """FLOPs for one video and the sparsity behind them; mask (H, T_m, T_n), None for full attention."""
+    """FLOPs for one video and the sparsity behind them; mask (H, T_m, T_n), None for dense attention."""
     dense = dense_flops(base.tokens, base.head_dim)
     if mask is None:
         layer, sparsity = Flops(sparse=base.heads * dense), 0.0

@@ -15,6 +15,7 @@ BLACK, GREY = "#000000", "#7f7f7f"
 WORDS = {
     "full": (BLACK, "*", "dense (fine-tuned)"),
     "base": (GREY, "P", "dense (untouched)"),
+    "base-kernel": ("#a6a6a6", "d", "dense, another kernel"),
     "sla": ("#cc6677", "s", "SLA"),
     "sla-main": ("#882255", "D", "SLA, linear over all keys"),
     "sla2": ("#0055aa", "o", "SLA2"),

@@ -17,7 +17,7 @@ from sla2_eval.captions import CAPTIONS
 from sla2_eval.cards import add_measured, read_cards
 from sla2_eval.cards import page as cards_page
 from sla2_eval.efficiency import SPEEDS, efficiency, timed_on
-from sla2_eval.floors import DISTANCES, KERNEL, SEEDS, change, floor_of
+from sla2_eval.floors import KERNEL, SEEDS, floor_of, kernel_floor, kernel_row
 from sla2_eval.palette import style
 from sla2_eval.shown import on_page
 from sla2_eval.table_set import SUMMARIES, TableSet
@@ -32,6 +32,10 @@ CLAIM_MARKS = {
     "cannot": "–",
 }
 MARKS = {"resolved": "●", "equivalent": "◐", "identical": "≡", "reference": "ref", "": ""}
+MOVES = {
+    SEEDS: "how far other seeds alone move the mean, from the reference's spread",
+    KERNEL: "how far another kernel alone moves the mean, on the same prompts and noise",
+}
 
 
 def main() -> None:
@@ -177,23 +181,17 @@ def floor_rows(tables: TableSet) -> list[dict]:
 
 def floor_cell(tables: TableSet, metric: str, what: str) -> dict:
     """What dense attention, run once more in this way, shows in a metric, or why it is not known."""
-    floor = floor_of(tables, metric)
-    if floor and floor.measured and floor.what == what:
+    floor = kernel_floor(tables, metric) if what == KERNEL else floor_of(tables, metric)
+    if floor is None or floor.what != what:
+        reason = "the reference has no value, no second seed, or no spread between seeds"
+        if what == KERNEL:
+            reason = "no videos are generated with a second dense kernel; its error is measured on attention"
+            reason = tables.missing(metric).get(kernel_row(tables), reason)
+        return {"text": None, "note": reason}
+    if floor.measured:
         ends = None if floor.low is None else f"{number(floor.low, 3)} … {number(floor.high, 3)}"
         return {"text": number(floor.mean), "ends": ends, "note": "its distance to the dense model, measured"}
-    if what == KERNEL:
-        return {
-            "text": None,
-            "note": "no videos are generated with a second dense kernel; its error is measured on attention",
-        }
-    width = None if metric in DISTANCES else change(tables, metric)
-    if width is None:
-        return {"text": None, "note": "the reference has no value, no second seed, or no spread between seeds"}
-    return {
-        "text": f"± {number(width, 3)}",
-        "ends": None,
-        "note": "how far other seeds alone move the mean, from the reference's spread",
-    }
+    return {"text": f"± {number((floor.high - floor.low) / 2, 3)}", "ends": None, "note": MOVES[what]}
 
 
 def verdicts(tables: TableSet) -> dict:

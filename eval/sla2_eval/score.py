@@ -178,24 +178,24 @@ def noise_floor(folder: Path, entry: dict, frames: torch.Tensor) -> Iterator[Mea
 
 
 def attention_records(args: argparse.Namespace, rows: Rows, device: torch.device) -> Iterator[Record]:
-    """Attention errors of every training seed, layer by layer; full attention only has its sparsity, which is none."""
+    """Attention errors of every training seed, layer by layer; dense attention only has its sparsity, which is none."""
     variant = Variant.from_row(args.settings["variant"])
     names = [name for name in METRICS if name.startswith("attention.")]
-    if variant.attention == "full":
+    if variant.dense:
         yield rows.record(Measured("sparsity.realised", 0.0, "formula"))
         yield from (
-            rows.record(Measured(n, None, "", "full attention is what errors are measured against")) for n in names
+            rows.record(Measured(n, None, "", "dense attention is what errors are measured against")) for n in names
         )
         if not is_reference(args):
             return
-    # Imported here: diffusers costs eight seconds of a core, which the other rows with full attention save.
+    # Imported here: diffusers costs eight seconds of a core, which the other dense rows save.
     from sla2.wan import BaseModel, load_transformer
     from sla2_eval.attention_error import attention_errors, kernel_floor
 
     base, settings = BaseModel.read(args.base), args.settings
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     transformer = load_transformer(base, dtype=dtype).to(device).eval()
-    if variant.attention == "full":
+    if variant.dense:
         for (layer, metric), value in sorted(kernel_floor(transformer, base, settings).items()):
             yield rows.record(Measured(metric, value, f"torch/{device.type}"), layer=layer)
         return

@@ -135,7 +135,7 @@ def _videos(row: Variant) -> list[Record]:
 
 
 def _layers(row: Variant) -> list[Record]:
-    if row.attention == "full":
+    if row.dense:
         floor = {"study": "small", "variant": row.variant, "metric": "floor.attention_rel_l1"}
         if row.variant == "base":
             return [Record(value=1e-3 * (1 + layer), layer=layer, **floor) for layer in range(LAYERS)]
@@ -161,7 +161,7 @@ def _absent(row: Variant) -> list[Record]:
 
 def _latency(row: Variant) -> list[Record]:
     share = 1 - row.sparsity
-    dense = row.attention == "full"
+    dense = row.dense
     parts = {
         "router": 0 if dense else 2e6,
         "sparse": 4e8 * share,

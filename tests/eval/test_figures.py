@@ -129,6 +129,13 @@ def test_a_single_variant(name, variant, study, tmp_path):
     assert (tmp_path / f"{name}.png").is_file()
 
 
+@pytest.mark.parametrize("name", ["quality_sparsity", "pareto", "training_curves", "finetuning"])
+def test_another_dense_kernel_is_no_choice_to_draw(name, study, tmp_path, drawn):
+    draw_figure(SCRIPTS[name], study, tmp_path / name)
+    texts = {text.get_text() for text in drawn[name].legends[0].get_texts()}
+    assert style("base-kernel").label not in texts
+
+
 def test_every_variant_has_a_look_of_its_own(study):
     looks = [style(name) for name in TableSet(study / "tables").variants]
     assert len({(look.color, look.marker) for look in looks}) == len(looks)

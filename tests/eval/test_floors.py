@@ -73,8 +73,26 @@ def test_page_has_a_row_for_each_floor(tables):
     assert cells["attention.rel_l1"]["text"] is None
     cells = dict(zip(tables.study["headline"], kernel["cells"], strict=True))
     assert cells["attention.rel_l1"]["text"] == "0.002500"
-    assert {name for name, cell in cells.items() if cell["text"] is None} == {*cells} - {"attention.rel_l1"}
+    assert cells["fidelity.psnr"]["text"] == report.number(tables.metric("fidelity.psnr")["base-kernel"]["mean"])
+    flicker = tables.metric("temporal_flickering")
+    moved = abs(flicker["base-kernel"]["mean"] - flicker["base"]["mean"])
+    assert cells["temporal_flickering"]["text"] == f"± {report.number(moved, 3)}"
     assert all(cell["note"] for line in (seeds, kernel) for cell in line["cells"])
+
+
+def test_a_study_without_a_row_of_another_kernel_says_so(tables):
+    tables.variants = {name: row for name, row in tables.variants.items() if name != "base-kernel"}
+    _, kernel = report.floor_rows(tables)
+    cells = dict(zip(tables.study["headline"], kernel["cells"], strict=True))
+    assert {name for name, cell in cells.items() if cell["text"] is None} == {*cells} - {"attention.rel_l1"}
+    assert "no videos are generated" in cells["fidelity.psnr"]["note"]
+
+
+def test_another_kernel_without_a_value_gives_the_reason(tables):
+    assert report.floor_cell(tables, "vbench.subject_consistency", KERNEL) == {
+        "text": None,
+        "note": "not available: needs the weights <dino>.pth",
+    }
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,11 @@ from sla2.variant import Variant
 from sla2_eval import latency
 
 HEADER = "variant\tattention\trouter\tmixing\tquantization\tsparsity\tfinetune\n"
+CHOSEN = ("base", "full", "base-kernel", "a", "b", "c")
 ROWS = (
     "base\tfull\tnone\tnone\tnone\t0\tno\n"
     "full\tfull\tnone\tnone\tnone\t0\tyes\n"
+    "base-kernel\tfull_other\tnone\tnone\tnone\t0\tno\n"
     "a\tsla2\tlearned\talpha\tqat-int8\t0.9\tyes\n"
     "b\tsla2\tlearned\talpha\tptq-int8\t0.9\tyes\n"
     "c\tsla\tmean_pool\tprojection\tnone\t0.5\tyes\n"
@@ -31,7 +33,7 @@ def records(base_file, tmp_path_factory):
         "repeats": 5,
         "batch": 1,
         "attention": {"block_q": 16, "block_k": 8},
-        "variants": [{"variant": name} for name in ("base", "full", "a", "b", "c")],
+        "variants": [{"variant": name} for name in CHOSEN],
         "steps": 10,
         "guidance": 3,
     }
@@ -53,7 +55,7 @@ def value(records, variant: str, metric: str) -> float:
 
 
 def test_chosen_rows_have_one_record_a_metric(records) -> None:
-    assert {r.variant for r in records} == {"base", "full", "a", "b", "c"}
+    assert {r.variant for r in records} == set(CHOSEN)
     assert len({(r.variant, r.metric) for r in records}) == len(records)
     assert all(r.study == "s" and r.backend and (r.value is None) == bool(r.reason) for r in records)
     lacking = {r.metric for r in records if r.value is None and r.variant == "a"}
@@ -98,6 +100,14 @@ def test_the_fastest_dense_kernel_is_the_bar() -> None:
 def test_rows_with_one_forward_share_its_time(records) -> None:
     assert value(records, "a", "latency.attention_op.p50") == value(records, "b", "latency.attention_op.p50")
     assert value(records, "a", "latency.attention_op.p50") != value(records, "c", "latency.attention_op.p50")
+
+
+def test_another_dense_kernel_has_a_time_of_its_own(records) -> None:
+    assert value(records, "base-kernel", "latency.attention_op.p50") != value(
+        records, "full", "latency.attention_op.p50"
+    )
+    assert value(records, "base-kernel", "latency.kernel.p50") is None
+    assert value(records, "base-kernel", "flops.reduction") == 1
 
 
 def test_flops(records) -> None:

@@ -125,7 +125,7 @@ def test_the_limits_are_named(page):
     text = (page / "index.html").read_text()
     assert "not available: needs the weights &lt;dino&gt;.pth" in text
     assert "Degenerate videos, still in every mean: SLA2 97%, random router" in text
-    assert '<span class="metric">proxy.naturalness_niqe_indomain</span> 17.' in text, "one of each of 17 runs"
+    assert '<span class="metric">proxy.naturalness_niqe_indomain</span> 18.' in text, "one of each of 18 runs"
 
 
 def test_what_others_wrote_is_escaped(study, figures, tmp_path):

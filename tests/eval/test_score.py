@@ -128,7 +128,7 @@ def test_attention_is_per_layer(records):
     assert all(0 <= value < 1e-5 for value in floor.values())
     dense = {r.metric: r for r in records["base"]}
     assert dense["sparsity.realised"].value == 0
-    assert dense["attention.rel_l1"].reason == "full attention is what errors are measured against"
+    assert dense["attention.rel_l1"].reason == "dense attention is what errors are measured against"
 
 
 def test_provenance_stands_beside(videos, base_file, judge_folder, tmp_path):

@@ -16,7 +16,7 @@ from sla2.files import sha256_folder
 from sla2.record import read_records
 
 CONFIG = ("--configfile", "tests/workflow/micro.yaml")
-ROWS = {"base": 1, "full": 1, "sla-95": 1, "sla2-90": 2}
+ROWS = {"base": 1, "base-kernel": 1, "full": 1, "sla-95": 1, "sla2-90": 2}
 pytestmark = pytest.mark.xdist_group("micro")
 
 
@@ -77,11 +77,22 @@ def test_tables_hold_every_variant(results):
         assert {row["variant"] for row in csv.DictReader(file)} == set(ROWS)
 
 
+def test_another_dense_kernel_changes_next_to_nothing(results):
+    """Its videos, of the same noise, are measured against those of `base`: the noise floor of fidelity."""
+    records = read_records(results / "score/base-kernel.csv")
+    psnr = [record.value for record in records if record.metric == "fidelity.psnr"]
+    assert len(psnr) == 4
+    assert all(40 < value <= 100 for value in psnr)
+
+
 def test_every_job_left_a_log(results):
     logs = {path.relative_to(results / "logs").as_posix() for path in (results / "logs").rglob("*.log")}
     wanted = {"data.log", "base_model.log", "latency.log", "score/judge.log", "report/tables.log", "report/report.log"}
     wanted |= {
-        f"stage2/{name}-seed{seed}.log" for name, seeds in ROWS.items() for seed in range(seeds) if name != "base"
+        f"stage2/{name}-seed{seed}.log"
+        for name, seeds in ROWS.items()
+        for seed in range(seeds)
+        if not name.startswith("base")
     }
     wanted |= {"stage1/learned-alpha-90.log"}
     assert wanted <= logs

@@ -25,6 +25,9 @@ DENSE = "base\tfull\tnone\tnone\tnone\t0\tno\nfull\tfull\tnone\tnone\tnone\t0\ty
         ("mine\tsla2\tlearned\talpha\tnone\t0.9\tmaybe", ["finetune 'maybe'", "yes, no"]),
         ("my row\tsla2\tlearned\talpha\tnone\t0.9\tyes", ["row 'my row'", "letters"]),
         ("mine\tfull\tlearned\tnone\tnone\t0\tyes", ["full attention has no router"]),
+        ("mine\tfull_other\tnone\tnone\tnone\t0.9\tno", ["full_other attention has no sparsity", "use none"]),
+        ("mine\tfull_other\tnone\tnone\tqat-int8\t0\tno", ["full_other attention has no quantization", "use none"]),
+        ("mine\tfull_other\tnone\tnone\tnone\t0\tyes", ["row 'mine'", "finetune 'yes'", "'full_other'", "use no"]),
         ("mine\tsla2\tnone\talpha\tnone\t0.9\tyes", ["needs a router"]),
         ("mine\tsla\tlearned\talpha\tnone\t0.9\tyes", ["only attention 'sla2'"]),
         ("full\tsla2\tlearned\talpha\tnone\t0.9\tyes", ["row 'full' stands twice"]),
@@ -51,6 +54,7 @@ def test_shipped_variants():
     rows = read_variants(ROOT / "config/variants.tsv")
     assert len(rows) >= 12
     assert all(Variant.from_row(row.row()) == row for row in rows.values())
+    assert [name for name, row in rows.items() if row.dense] == ["base", "base-kernel", "full"]
     # Three rows differ in the quantiser only: they start from one stage 1.
     assert len({rows[name].stage1_group for name in ("sla2-97", "sla2-97-ptq", "sla2-97-fp8")}) == 1
 

@@ -5,6 +5,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from sla2.errors import run_main
+from sla2.variant import DENSE_ATTENTIONS
 from sla2_eval import plot
 from sla2_eval.palette import style
 from sla2_eval.table_set import TableSet
@@ -18,12 +19,13 @@ def series(tables: TableSet) -> list[list[str]]:
     return [
         sorted(names, key=lambda n: tables.variants[n]["sparsity"])
         for (attention, *_), names in groups.items()
-        if attention != "full" and (len(names) > 1 or attention != "sla2")
+        if attention not in DENSE_ATTENTIONS and (len(names) > 1 or attention != "sla2")
     ]
 
 
 def draw(tables: TableSet) -> Figure:
     groups = series(tables)
+    # Of another kernel there is no band: it would lie on that of the untouched model.
     dense = [name for name, row in tables.variants.items() if row["attention"] == "full"]
     realised = {name: row["mean"] for name, row in tables.metric("sparsity.realised").items()}
     figure, filled = plot.headline_panels(tables)
