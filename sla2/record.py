@@ -99,9 +99,8 @@ COLUMNS = [
     "status",
     "reason",
 ]
-WITHOUT_STATUS = [
-    name for name in COLUMNS if name != "status"
-]  # of studies published before there was one: it follows from the rest
+# Of studies published before there was a status, which follows from the rest.
+WITHOUT_STATUS = [name for name in COLUMNS if name != "status"]
 _INTEGERS = ("train_seed", "seed", "layer")
 
 

@@ -26,12 +26,8 @@ from sla2_eval.video_scores import FIDELITY, KID, NO_JUDGE, RETRIEVAL, Measured,
 
 VIDEOS = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v", ".gif")
 COLUMNS = ("video", "prompt", "metric", "value", "unit", "higher_is_better", "backend", "status", "reason")
-OF_STUDIES = (
-    "attention.",
-    "sparsity.",
-    "floor.",
-    "vbench_official.",
-)  # of a model's layers, or measured by VBench itself
+# Of a model's layers, or measured by VBench itself.
+OF_STUDIES = ("attention.", "sparsity.", "floor.", "vbench_official.")
 TOGETHER = "(all videos)"  # stands for a name where a metric is of the videos as a set
 PACKAGES = ("av", "numpy", "open-clip-torch", "opencv-python-headless", "torch", "torchmetrics")
 VERSION = 2  # of what a finished video's note holds; another one is scored again

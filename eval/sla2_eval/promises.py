@@ -21,13 +21,13 @@ def promised(prompt: Prompt) -> dict[str, str | int | bool]:
 
     `second_color` and `bounces` tell the oracle how to look. `static` is there, and true, where nothing moves, turns or pans.
     """
-    words = prompt.attributes
-    if is_sentence(prompt):
+    words, sentence = prompt.attributes, is_sentence(prompt)
+    if sentence:
         words = grammar.USUAL | words
         if words["direction"] == "still":
             words |= {"speed": "none"}
     found = {name: words[name] for name in NAMED if name in words}
-    if is_sentence(prompt):
+    if sentence:
         found["count"] = 2 if "second_color" in words else 1
     if _is_static(words):
         found["static"] = True

@@ -88,9 +88,8 @@ class VideoScores:
         wanted: set[str] | None = None,
     ) -> None:
         self.size = (video["frames"], video["height"], video["width"]) if video else None
-        self.promises = {
-            frozenset(promised(prompt)) for prompt in prompts
-        }  # which words, of some thousands of prompts few sets
+        # Which words: few sets, however many prompts there are.
+        self.promises = {frozenset(promised(prompt)) for prompt in prompts}
         self.promised = [name for name in ATTRIBUTES if any(name in promise for promise in self.promises)]
         self.texts = sorted({prompt.text for prompt in prompts})
         self.official = official or Official({}, device)

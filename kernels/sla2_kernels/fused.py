@@ -202,8 +202,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, alpha: Tensor | None, projections: 
     mean = key_mean(pooled, N, s.block_k)
     # Routing is many small kernels and runs beside the block states; Z and quantisation are traffic and run beside the product,
     # which is arithmetic.
-    routing = Beside(q)
     if mask is None:
+        routing = Beside(q)
         chosen = empty_route(B * H, rows, blocks, s.kept, q.dtype, q.device)
         with routing:
             route(pool(q, s.block_q), pooled, mean, projections, s.kept, chosen)

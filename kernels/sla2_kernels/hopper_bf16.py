@@ -8,7 +8,28 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
-from sla2_kernels.hopper_rows import halves, largest_by_thread, slot_of, sum_by_thread, times_keys, times_pair
+from sla2_kernels.hopper_rows import largest_of_pair, scales_after, scales_ahead, scores_without_partner, slot_of
+
+
+@gluon.jit
+def times_pair(q, k_tiles, slot, PAIR: gl.constexpr, SCORE: gl.constexpr):
+    """Start Q K^T of two key blocks."""
+    nothing = gl.zeros([64, 128], SCORE, layout=PAIR)
+    return warpgroup_mma(q, k_tiles.index(slot).permute((1, 0)), nothing, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def halves(scores, SCORES: gl.constexpr):
+    """Scores of two key blocks as fp32 [64, 64] each; a thread's registers stay where they are."""
+    first, second = gl.split(scores.reshape([64, 2, 64]).permute((0, 2, 1)))
+    first = gl.convert_layout(first, SCORES, assert_trivial=True).to(gl.float32)
+    return first, gl.convert_layout(second, SCORES, assert_trivial=True).to(gl.float32)
+
+
+@gluon.jit
+def sum_by_thread(x):
+    """Sums [64, 4], as `largest_by_thread`."""
+    return gl.sum(gl.sum(x.reshape([64, 8, 4, 2]), 3), 1)
 
 
 @gluon.jit
@@ -64,10 +85,8 @@ def attend(q, factor, k_ring, v_ring, k_scales, line, kept, turn, N, BD: gl.cons
     pairs = kept // 2
     slot, parity = slot_of(turn + 1, STAGES)
     mbarrier.wait(k_full.index(slot), parity, pred=pairs > 1)
-    if LOW_QK:  # a scale takes longer to come than a step: its block two steps ahead, itself one
-        block_a, block_b = gl.load(line + 1, mask=pairs > 1, other=0), gl.load(line + 2, mask=pairs > 1, other=0)
-        scale_a, scale_b = gl.load(k_scales + block_a), gl.load(k_scales + block_b)
-        block_a, block_b = gl.load(line + 3, mask=pairs > 2, other=0), gl.load(line + 4, mask=pairs > 2, other=0)
+    if LOW_QK:
+        scale_a, scale_b, block_a, block_b = scales_ahead(k_scales, line, pairs)
     for step in range(1, pairs):
         pending = times_pair(q, k_tiles, slot, PAIR, SCORE)
         v_slot, v_parity = slot_of(turn, STAGES)
@@ -75,15 +94,11 @@ def attend(q, factor, k_ring, v_ring, k_scales, line, kept, turn, N, BD: gl.cons
         sums = times_values(p_a, p_b, v_tiles, v_slot, acc)
         if LOW_QK:
             factor_a, factor_b = factor * scale_a, factor * scale_b
-            scale_a, scale_b = gl.load(k_scales + block_a), gl.load(k_scales + block_b)
-            block_a = gl.load(line + 2 * step + 3, mask=step + 2 < pairs, other=0)
-            block_b = gl.load(line + 2 * step + 4, mask=step + 2 < pairs, other=0)
+            scale_a, scale_b, block_a, block_b = scales_after(k_scales, line, block_a, block_b, step, pairs)
         scores_a, scores_b = halves(warpgroup_mma_wait(2, deps=[pending]), SCORES)
         mbarrier.arrive(k_empty.index(slot), count=1)
         if LOW_QK:
-            part_a = largest_by_thread(scores_a) * gl.convert_layout(factor_a, BY_THREAD)[:, None]
-            part_b = largest_by_thread(scores_b) * gl.convert_layout(factor_b, BY_THREAD)[:, None]
-            largest = gl.convert_layout(gl.max(gl.maximum(part_a, part_b), 1), SCORE_LINE)
+            largest = largest_of_pair(scores_a, scores_b, factor_a, factor_b, SCORE_LINE)
         else:
             largest = gl.max(gl.maximum(scores_a, scores_b), 1) * factor
         new_top = gl.maximum(top, largest)
@@ -108,11 +123,9 @@ def finish(state, q, factor, k_ring, v_ring, k_scales, line, kept, turn, BD: gl.
            STAGES: gl.constexpr):  # fmt: skip
     """What `attend` has left; sum of P V [64, BD], row sums and running maxima [64], and the next turn."""
     p_a, p_b, acc, norm, top = state
-    k_tiles, k_full, k_empty = k_ring
     v_tiles, v_full, v_empty = v_ring
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 32 if LOW_QK else 16])
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BD, 16])
-    SCORE: gl.constexpr = gl.int32 if k_tiles.dtype == gl.int8 else gl.float32
     BY_THREAD: gl.constexpr = gl.SliceLayout(1, norm.type.layout)
     LINE: gl.constexpr = gl.SliceLayout(1, OUT)
     slot, parity = slot_of(turn, STAGES)
@@ -124,15 +137,9 @@ def finish(state, q, factor, k_ring, v_ring, k_scales, line, kept, turn, BD: gl.
         slot, parity = slot_of(turn, STAGES)
         if LOW_QK:
             factor *= gl.load(k_scales + gl.load(line + kept - 2))
-        mbarrier.wait(k_full.index(slot), parity)
         q_one = gl.convert_layout(q, gl.DotOperandLayout(0, SCORES, 4 if LOW_QK else 2), assert_trivial=True)
-        pending_one = times_keys(q_one, k_tiles, slot, 0, SCORES, SCORE)
-        scores_one = warpgroup_mma_wait(0, deps=[pending_one]).to(gl.float32)
-        mbarrier.arrive(k_empty.index(slot), count=1)
-        new_top = gl.maximum(top, gl.max(scores_one, 1) * factor)
-        shrink = gl.exp2(top - new_top)
-        top = new_top
-        p_one = gl.exp2(scores_one * factor[:, None] - top[:, None])
+        scores, top, shrink = scores_without_partner(q_one, factor, top, k_ring, slot, parity, SCORES)
+        p_one = gl.exp2(scores * factor[:, None] - top[:, None])
         acc *= gl.convert_layout(shrink, LINE)[:, None]
         norm = norm * gl.convert_layout(shrink, BY_THREAD)[:, None] + sum_by_thread(p_one)
         mbarrier.wait(v_full.index(slot), parity)

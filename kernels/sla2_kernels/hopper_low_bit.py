@@ -9,7 +9,14 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
-from sla2_kernels.hopper_rows import largest_by_thread, slot_of, times_keys
+from sla2_kernels.hopper_rows import (
+    largest_of_pair,
+    scales_after,
+    scales_ahead,
+    scores_without_partner,
+    slot_of,
+    times_keys,
+)
 
 LOG2_448 = gl.constexpr(8.807354922057604)  # P is cast to e4m3 at 448 of its running maximum
 
@@ -70,11 +77,16 @@ def row_sums(p_a, p_b):
 
 
 @gluon.jit
+def half_of(v_tile, CHANNELS: gl.constexpr, BD: gl.constexpr):
+    """V8 of one key block, the first or the second half of the channels."""
+    return v_tile.slice(CHANNELS * BD // 2, BD // 2, 0).permute((1, 0))
+
+
+@gluon.jit
 def times_half(p, v_tile, CHANNELS: gl.constexpr, HALF_OUT: gl.constexpr, BD: gl.constexpr):
     """Start P V of one key block, for the first or the second half of the channels."""
     nothing = gl.zeros([64, BD // 2], gl.float32, layout=HALF_OUT)
-    values = v_tile.slice(CHANNELS * BD // 2, BD // 2, 0)
-    return warpgroup_mma(p, values.permute((1, 0)), nothing, use_acc=False, is_async=True)
+    return warpgroup_mma(p, half_of(v_tile, CHANNELS, BD), nothing, use_acc=False, is_async=True)
 
 
 @gluon.jit
@@ -88,8 +100,7 @@ def shrunk_plus(x, shrink, y):
 def times_half_pair(p_a, p_b, v_tiles, at, CHANNELS: gl.constexpr, HALF_OUT: gl.constexpr, BD: gl.constexpr):
     """As `times_half`, of two key blocks."""
     sums = times_half(p_a, v_tiles.index(at), CHANNELS, HALF_OUT, BD)
-    values = v_tiles.index(at + 1).slice(CHANNELS * BD // 2, BD // 2, 0)
-    return warpgroup_mma(p_b, values.permute((1, 0)), sums, is_async=True)
+    return warpgroup_mma(p_b, half_of(v_tiles.index(at + 1), CHANNELS, BD), sums, is_async=True)
 
 
 @gluon.jit
@@ -123,7 +134,6 @@ def attend(q, factor, k_ring, v_ring, k_scales, line, kept, turn, N, BD: gl.cons
     top = gl.maximum(gl.max(scores_a, 1) * factor_a, gl.max(scores_b, 1) * factor_b)
     p_a = gl.exp2(scores_a * factor_a[:, None] - (top - LOG2_448)[:, None])
     p_b = gl.exp2(scores_b * factor_b[:, None] - (top - LOG2_448)[:, None])
-    BY_THREAD: gl.constexpr = gl.SliceLayout(1, largest_by_thread(p_a).type.layout)
     left = gl.zeros([64, BD // 2], gl.float32, layout=HALF_OUT)
     right = gl.zeros([64, BD // 2], gl.float32, layout=HALF_OUT)
     shrink = gl.full([64], 1.0, gl.float32, layout=SCORE_LINE)
@@ -132,10 +142,7 @@ def attend(q, factor, k_ring, v_ring, k_scales, line, kept, turn, N, BD: gl.cons
     pairs = kept // 2
     slot, parity = slot_of(turn + 1, STAGES)
     mbarrier.wait(k_full.index(slot), parity, pred=pairs > 1)
-    # A scale takes longer to come than a step: its block two steps ahead, itself one.
-    block_a, block_b = gl.load(line + 1, mask=pairs > 1, other=0), gl.load(line + 2, mask=pairs > 1, other=0)
-    scale_a, scale_b = gl.load(k_scales + block_a), gl.load(k_scales + block_b)
-    block_a, block_b = gl.load(line + 3, mask=pairs > 2, other=0), gl.load(line + 4, mask=pairs > 2, other=0)
+    scale_a, scale_b, block_a, block_b = scales_ahead(k_scales, line, pairs)
     for step in range(1, pairs):
         low_a, low_b = left_operand(p_a, OUT), left_operand(p_b, OUT)
         pending_a = times_keys(q, k_tiles, slot, 0, SCORES, SCORE)
@@ -144,16 +151,11 @@ def attend(q, factor, k_ring, v_ring, k_scales, line, kept, turn, N, BD: gl.cons
         mbarrier.wait(v_full.index(v_slot), v_parity)
         sums = times_half_pair(low_a, low_b, v_tiles, 2 * v_slot, 0, HALF_OUT, BD)
         factor_a, factor_b = factor * scale_a, factor * scale_b
-        scale_a, scale_b = gl.load(k_scales + block_a), gl.load(k_scales + block_b)
-        block_a = gl.load(line + 2 * step + 3, mask=step + 2 < pairs, other=0)
-        block_b = gl.load(line + 2 * step + 4, mask=step + 2 < pairs, other=0)
+        scale_a, scale_b, block_a, block_b = scales_after(k_scales, line, block_a, block_b, step, pairs)
         scores_a, scores_b = warpgroup_mma_wait(2, deps=[pending_a, pending_b])
         scores_a, scores_b = scores_a.to(gl.float32), scores_b.to(gl.float32)
         mbarrier.arrive(k_empty.index(slot), count=1)
-        part_a = largest_by_thread(scores_a) * gl.convert_layout(factor_a, BY_THREAD)[:, None]
-        part_b = largest_by_thread(scores_b) * gl.convert_layout(factor_b, BY_THREAD)[:, None]
-        largest = gl.convert_layout(gl.max(gl.maximum(part_a, part_b), 1), SCORE_LINE)
-        new_top = gl.maximum(top, largest)
+        new_top = gl.maximum(top, largest_of_pair(scores_a, scores_b, factor_a, factor_b, SCORE_LINE))
         new_shrink = gl.exp2(top - new_top)
         top = new_top
         next_a = gl.exp2(scores_a * factor_a[:, None] - (top - LOG2_448)[:, None])
@@ -177,12 +179,10 @@ def attend(q, factor, k_ring, v_ring, k_scales, line, kept, turn, N, BD: gl.cons
 def finish(state, q, factor, k_ring, v_ring, k_scales, line, kept, turn, BD: gl.constexpr, STAGES: gl.constexpr):
     """What `attend` has left; sum of 448 P V8 [64, BD], row sums of 448 P and running maxima [64], and the next turn."""
     p_a, p_b, left, right, norm, shrink, top = state
-    k_tiles, k_full, k_empty = k_ring
     v_tiles, v_full, v_empty = v_ring
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 32])
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BD, 32])
     HALF_OUT: gl.constexpr = left.type.layout
-    SCORE: gl.constexpr = gl.int32 if k_tiles.dtype == gl.int8 else gl.float32
     slot, parity = slot_of(turn, STAGES)
     mbarrier.wait(v_full.index(slot), parity)
     low_a, low_b = left_operand(p_a, OUT), left_operand(p_b, OUT)
@@ -196,13 +196,7 @@ def finish(state, q, factor, k_ring, v_ring, k_scales, line, kept, turn, BD: gl.
     if (kept % 2 == 1) & (kept > 1):  # the block that found no partner
         slot, parity = slot_of(turn, STAGES)
         factor *= gl.load(k_scales + gl.load(line + kept - 2))
-        mbarrier.wait(k_full.index(slot), parity)
-        pending = times_keys(q, k_tiles, slot, 0, SCORES, SCORE)
-        scores = warpgroup_mma_wait(0, deps=[pending]).to(gl.float32)
-        mbarrier.arrive(k_empty.index(slot), count=1)
-        new_top = gl.maximum(top, gl.max(scores, 1) * factor)
-        shrink_one = gl.exp2(top - new_top)
-        top = new_top
+        scores, top, shrink_one = scores_without_partner(q, factor, top, k_ring, slot, parity, SCORES)
         p_one = packed(gl.exp2(scores * factor[:, None] - (top - LOG2_448)[:, None]))
         mbarrier.wait(v_full.index(slot), parity)
         low_one = left_operand(p_one, OUT)

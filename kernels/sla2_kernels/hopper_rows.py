@@ -1,11 +1,11 @@
-"""What the loops of the Hopper kernel share: rings of tiles, numbers of a row, and how they travel from step to step.
+"""What the loops of the Hopper kernel share: rings of tiles, scores, their maxima and scales.
 
 Legend: as in `hopper`.
 """
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
 
 @gluon.jit
@@ -28,21 +28,6 @@ def ring(dtype: gl.constexpr, layout: gl.constexpr, DEPTH: gl.constexpr, EACH: g
 
 
 @gluon.jit
-def times_pair(q, k_tiles, slot, PAIR: gl.constexpr, SCORE: gl.constexpr):
-    """Start Q K^T of two key blocks."""
-    nothing = gl.zeros([64, 128], SCORE, layout=PAIR)
-    return warpgroup_mma(q, k_tiles.index(slot).permute((1, 0)), nothing, use_acc=False, is_async=True)
-
-
-@gluon.jit
-def halves(scores, SCORES: gl.constexpr):
-    """Scores of two key blocks as fp32 [64, 64] each; a thread's registers stay where they are."""
-    first, second = gl.split(scores.reshape([64, 2, 64]).permute((0, 2, 1)))
-    first = gl.convert_layout(first, SCORES, assert_trivial=True).to(gl.float32)
-    return first, gl.convert_layout(second, SCORES, assert_trivial=True).to(gl.float32)
-
-
-@gluon.jit
 def times_keys(q, k_tiles, slot, HALF: gl.constexpr, SCORES: gl.constexpr, SCORE: gl.constexpr):
     """Start Q K^T of one key block of a pair."""
     nothing = gl.zeros([64, 64], SCORE, layout=SCORES)
@@ -57,6 +42,41 @@ def largest_by_thread(x):
 
 
 @gluon.jit
-def sum_by_thread(x):
-    """Sums [64, 4], as `largest_by_thread`."""
-    return gl.sum(gl.sum(x.reshape([64, 8, 4, 2]), 3), 1)
+def largest_of_pair(scores_a, scores_b, factor_a, factor_b, SCORE_LINE: gl.constexpr):
+    """Row maxima [64] of two key blocks' scores, each times its factor: a row's factor multiplies four maxima, not 64 scores."""
+    part_a = largest_by_thread(scores_a)
+    BY_THREAD: gl.constexpr = gl.SliceLayout(1, part_a.type.layout)
+    part_a *= gl.convert_layout(factor_a, BY_THREAD)[:, None]
+    part_b = largest_by_thread(scores_b) * gl.convert_layout(factor_b, BY_THREAD)[:, None]
+    return gl.convert_layout(gl.max(gl.maximum(part_a, part_b), 1), SCORE_LINE)
+
+
+@gluon.jit
+def scales_ahead(k_scales, line, pairs):
+    """Scales of the second pair of key blocks, and which the third pair is: a scale takes longer to come than a step."""
+    block_a, block_b = gl.load(line + 1, mask=pairs > 1, other=0), gl.load(line + 2, mask=pairs > 1, other=0)
+    scale_a, scale_b = gl.load(k_scales + block_a), gl.load(k_scales + block_b)
+    block_a, block_b = gl.load(line + 3, mask=pairs > 2, other=0), gl.load(line + 4, mask=pairs > 2, other=0)
+    return scale_a, scale_b, block_a, block_b
+
+
+@gluon.jit
+def scales_after(k_scales, line, block_a, block_b, step, pairs):
+    """As `scales_ahead`, one step on."""
+    scale_a, scale_b = gl.load(k_scales + block_a), gl.load(k_scales + block_b)
+    block_a = gl.load(line + 2 * step + 3, mask=step + 2 < pairs, other=0)
+    block_b = gl.load(line + 2 * step + 4, mask=step + 2 < pairs, other=0)
+    return scale_a, scale_b, block_a, block_b
+
+
+@gluon.jit
+def scores_without_partner(q, factor, top, k_ring, slot, parity, SCORES: gl.constexpr):
+    """Scores [64, 64] of the last key block of an odd number, the new running maxima and what former sums shrink by."""
+    k_tiles, k_full, k_empty = k_ring
+    SCORE: gl.constexpr = gl.int32 if k_tiles.dtype == gl.int8 else gl.float32
+    mbarrier.wait(k_full.index(slot), parity)
+    pending = times_keys(q, k_tiles, slot, 0, SCORES, SCORE)
+    scores = warpgroup_mma_wait(0, deps=[pending]).to(gl.float32)
+    mbarrier.arrive(k_empty.index(slot), count=1)
+    new_top = gl.maximum(top, gl.max(scores, 1) * factor)
+    return scores, new_top, gl.exp2(top - new_top)
