@@ -1,6 +1,7 @@
 """Step base_model: a given diffusers Wan folder or hub id, checked and hashed, or a small Wan trained from scratch.
 
-Either way the result is loaded by `WanPipeline.from_pretrained`, and latents and text embeddings are encoded once.
+Either way the result is loaded by `WanPipeline.from_pretrained`, and latents and text embeddings are encoded once. Processes that
+`sla2 --gpus N base_model` starts train the small Wan together, and share what is encoded.
 
     python -m sla2.base_model --settings JSON --data results/S/data --output results/S/base_model
 """
@@ -30,14 +31,14 @@ def main() -> None:
     import torch
 
     from sla2.data import Clips
-    from sla2.device import claim_device
     from sla2.latents import Latents, encode_clips, encode_texts
     from sla2.small_wan import build_pipeline, train_transformer, train_vae
+    from sla2.team import join
     from sla2.training import Log
     from sla2.wan import load_pipeline, load_text_encoder, load_transformer_config, load_vae
 
-    device = claim_device(settings)
-    splits = {name: Clips(args.data / f"{name}.jsonl", settings["video"], device) for name in ("train", "heldout")}
+    team = join(settings | {"parallel": "ddp"})
+    splits = {name: Clips(args.data / f"{name}.jsonl", settings["video"], team.device) for name in ("train", "heldout")}
     identity = settings_hash({"settings": settings, "data": sha256_folder(args.data, "*.jsonl")})
     work, log = output / f".work-{identity}", Log()
     latents = output / f"latents-{identity}"
@@ -47,13 +48,13 @@ def main() -> None:
         used = {name: clips for name, clips in splits.items() if len(clips)}
         pipeline = text_pipeline()
         for name, clips in used.items():
-            encode_texts(pipeline, clips.captions, latents / name, settings["text_length"], device)
+            encode_texts(pipeline, clips.captions, latents / name, settings["text_length"], team)
         del pipeline
-        if device.type == "cuda":
+        if team.device.type == "cuda":
             torch.cuda.empty_cache()
-        encoder = vae().to(device)
+        encoder = vae().to(team.device)
         for name, clips in used.items():
-            encode_clips(encoder, clips, latents / name, settings["text_length"], device, settings["encode_batch"])
+            encode_clips(encoder, clips, latents / name, settings["text_length"], team, settings["encode_batch"])
         return {name: Latents(latents / name) for name in used}
 
     place, revision = settings["pretrained"], settings["revision"]
@@ -63,30 +64,35 @@ def main() -> None:
         trained = read_json(note) if note.is_file() else {}
         if trained.get("identity") == identity:
             # Weights travel to another machine more easily than latents do, which are a hundred times their size.
-            say("base_model: already trained; latents are encoded where they are missing")
+            if team.first:
+                say("base_model: already trained; latents are encoded where they are missing")
             log.restore(trained["log"])
             pipeline = load_pipeline(place, None)
-            encode(lambda: pipeline.to(device), lambda: pipeline.vae.eval())
+            encode(lambda: pipeline.to(team.device), lambda: pipeline.vae.eval())
         else:
             pipeline = build_pipeline(settings, splits["train"].captions)
-            train_vae(pipeline.vae, splits["train"], splits["heldout"], settings, device, work, log)
-            data = encode(lambda: pipeline.to(device), lambda: pipeline.vae)
-            train_transformer(pipeline, data["train"], data["heldout"], settings, device, work, log)
-            write_folder(place, lambda folder: pipeline.to("cpu").save_pretrained(folder))
-            write_json(note, {"identity": identity, "log": log.state()})
+            train_vae(pipeline.vae, splits["train"], splits["heldout"], settings, team, work, log)
+            data = encode(lambda: pipeline.to(team.device), lambda: pipeline.vae)
+            train_transformer(pipeline, data["train"], data["heldout"], settings, team, work, log)
+            if team.first:
+                write_folder(place, lambda folder: pipeline.to("cpu").save_pretrained(folder))
+                write_json(note, {"identity": identity, "log": log.state()})
     else:
-        encode(lambda: load_text_encoder(place, revision, device), lambda: load_vae(place, revision).eval())
-    config = load_transformer_config(place, revision)
-    write_json(output / "base_model.json", describe(settings, place, revision, config, latents.name))
-    log.write(output / "log.csv")
-    write_provenance(output / "base_model.json", settings)
-    shutil.rmtree(work, ignore_errors=True)
-    for stale in output.glob("latents-*"):
-        if stale != latents:
-            shutil.rmtree(stale, ignore_errors=True)
-    for stale in latents.glob("prompts-*"):  # of an earlier text encoder, by `sla2.generate`
-        stale.unlink()
-    say(f"base_model: {place}")
+        encode(lambda: load_text_encoder(place, revision, team.device), lambda: load_vae(place, revision).eval())
+    if team.first:
+        config = load_transformer_config(place, revision)
+        write_json(output / "base_model.json", describe(settings, place, revision, config, latents.name))
+        log.write(output / "log.csv")
+        write_provenance(output / "base_model.json", settings, processes=team.size)
+        shutil.rmtree(work, ignore_errors=True)
+        for stale in output.glob("latents-*"):
+            if stale != latents:
+                shutil.rmtree(stale, ignore_errors=True)
+        for stale in latents.glob("prompts-*"):  # of an earlier text encoder, by `sla2.generate`
+            stale.unlink()
+        say(f"base_model: {place}")
+    team.wait()
+    team.leave()
 
 
 def describe(settings: dict, place: str, revision: str | None, config: dict, latents: str) -> dict:

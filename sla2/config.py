@@ -124,6 +124,9 @@ def _with_defaults(value: object, schema: dict) -> object:
                 value[name] = json.loads(json.dumps(child["default"]))
             if name in value:
                 value[name] = _with_defaults(value[name], child)
+        if isinstance(free := schema.get("additionalProperties"), dict):  # of names that the user chooses
+            for name in value.keys() - schema.get("properties", {}).keys():
+                value[name] = _with_defaults(value[name], free)
     return value
 
 

@@ -131,6 +131,12 @@ def _training(study: Study) -> Failures:
     drawn, blocks = stage1["query_blocks"], study.geometry.query_blocks
     if drawn > blocks:
         yield "stage1.query_blocks", f"{drawn} is more than the {blocks} of a video; choose at most {blocks}"
+    gpus, train = model["gpus"], model.get("train")
+    if train:
+        batches = {"vae": model["vae"]["batch"], "train": train["batch"], "train.images": train["images"]["batch"]}
+        for part, batch in batches.items():
+            if batch % gpus:
+                yield f"base_model.{part}.batch", f"{batch} clips cannot be shared by {gpus} GPUs; choose a multiple"
     processes = stage2["gpus"] * stage2["nodes"]
     share = stage2["batch"] // processes
     if stage2["batch"] % processes:
@@ -149,7 +155,6 @@ def _training(study: Study) -> Failures:
     for key, schedule in {"stage2": stage2, "base_model.train": model.get("train"), **own}.items():
         if schedule and schedule["warmup"] > schedule["steps"]:
             yield f"{key}.warmup", f"{schedule['warmup']} is longer than the {schedule['steps']} steps; choose fewer"
-    train = model.get("train")
     if train and 0 < train["images"]["steps"] < train["warmup"]:
         steps, warmup = train["images"]["steps"], train["warmup"]
         yield (

@@ -64,7 +64,7 @@ def lock_gpus(count: int) -> list[int]:
     if not present:
         return []
     if count > present:
-        raise UserError(f"gpus: {count} wanted, this machine has {present}; lower stage2.gpus")
+        raise UserError(f"gpus: {count} wanted, this machine has {present}; lower that key of the step")
     # Two jobs that each hold a part of what the other waits for would wait for ever, so one takes locks at a time.
     with _taking() as folder:
         held = {index: file for index in range(present) if (file := _lock(folder / str(index)))}

@@ -17,36 +17,41 @@ from torch import Tensor
 from sla2.errors import UserError
 from sla2.files import atomic_path, read_json, write_json
 from sla2.progress import bar
+from sla2.team import Team
 
 SHARD_CLIPS = 64
 
 
-def encode_texts(pipeline, captions: list[str], folder: Path, text_length: int, device: torch.device) -> None:
+def encode_texts(pipeline, captions: list[str], folder: Path, text_length: int, team: Team) -> None:
     """Embed the captions of a split, shard by shard, and the empty caption; finished shards of an earlier run are kept.
 
     Args:
         pipeline: with tokenizer and text encoder.
         folder: gets `text-00000.safetensors`, ... and `empty.safetensors`.
         text_length: tokens that captions are padded or cut to.
+        team: its processes share the shards.
     """
-    for number, part in enumerate(bar(_shards(len(captions)), f"encode {folder.name} captions")):
-        path = folder / f"text-{number:05d}.safetensors"
+    shards = _shards("text-", len(captions), folder, team)
+    for path, part in bar(shards, f"encode {folder.name} captions", shown=team.first):
         if not path.is_file():
-            embeds = encode_text(pipeline, [captions[index] for index in part], text_length, device)
+            embeds = encode_text(pipeline, [captions[index] for index in part], text_length, team.device)
             _save(path, packed(embeds.cpu()))
-    if not (folder / "empty.safetensors").is_file():
-        _save(folder / "empty.safetensors", packed(encode_text(pipeline, [""], text_length, device).cpu()))
+    if team.first and not (folder / "empty.safetensors").is_file():
+        _save(folder / "empty.safetensors", packed(encode_text(pipeline, [""], text_length, team.device).cpu()))
 
 
-def encode_clips(vae, clips, folder: Path, text_length: int, device: torch.device, batch: int = 8) -> None:
+def encode_clips(vae, clips, folder: Path, text_length: int, team: Team, batch: int = 8) -> None:
     """Encode the frames of a split, shard by shard, and write its index; finished shards of an earlier run are kept.
+
+    Returns when every process of the team has encoded its own, so that what is in the index is there.
 
     Args:
         clips: `sla2.data.Clips`; the next frames are decoded while the VAE works.
         folder: gets `00000.safetensors`, ... and `index.json`; `encode_texts` comes first.
+        team: its processes share the shards.
         batch: clips that the VAE takes at once.
     """
-    shards = [(folder / f"{number:05d}.safetensors", part) for number, part in enumerate(_shards(len(clips)))]
+    shards = _shards("", len(clips), folder, team)
     jobs = [
         (path, part[at : at + batch])
         for path, part in shards
@@ -56,18 +61,24 @@ def encode_clips(vae, clips, folder: Path, text_length: int, device: torch.devic
     left = {path: sum(job[0] == path for job in jobs) for path, _ in shards}
     frames = Ahead(lambda step: clips.batch(jobs[step][1]))
     latents: list[Tensor] = []
-    for step in bar(len(jobs), f"encode {folder.name} clips"):
+    for step in bar(len(jobs), f"encode {folder.name} clips", shown=team.first):
         path, _ = jobs[step]
-        latents.append(encode_frames(vae, frames(step, last=step + 1 == len(jobs)).to(device)).cpu())
+        latents.append(encode_frames(vae, frames(step, last=step + 1 == len(jobs)).to(team.device)).cpu())
         left[path] -= 1
         if not left[path]:
             _save(path, {"latents": torch.cat(latents)})
             latents = []
-    write_json(folder / "index.json", {"clips": len(clips), "shard_clips": SHARD_CLIPS, "text_length": text_length})
+    team.wait()
+    if team.first:
+        write_json(folder / "index.json", {"clips": len(clips), "shard_clips": SHARD_CLIPS, "text_length": text_length})
+    team.wait()
 
 
-def _shards(count: int) -> list[list[int]]:
-    return [list(range(start, min(start + SHARD_CLIPS, count))) for start in range(0, count, SHARD_CLIPS)]
+def _shards(prefix: str, count: int, folder: Path, team: Team) -> list[tuple[Path, list[int]]]:
+    """Files and the indices of their clips, of the shards that this process makes."""
+    parts = [list(range(start, min(start + SHARD_CLIPS, count))) for start in range(0, count, SHARD_CLIPS)]
+    shards = [(folder / f"{prefix}{number:05d}.safetensors", part) for number, part in enumerate(parts)]
+    return shards[team.rank :: team.size]
 
 
 def _save(path: Path, tensors: dict[str, Tensor]) -> None:

@@ -15,6 +15,7 @@ from sla2.flow import flow_losses, generator, heldout_loss
 from sla2.latents import Images, Latents, Stream
 from sla2.muon import BatchedMuon
 from sla2.progress import say
+from sla2.team import Team
 from sla2.training import Log, batches, train
 from sla2.wan import compile_blocks
 
@@ -110,7 +111,24 @@ def start_at_identity(transformer: nn.Module) -> None:
         layer.bias.zero_()
 
 
-def train_vae(vae: nn.Module, clips, heldout, settings: dict, device: torch.device, folder: Path, log: Log) -> None:
+class Reconstruction(nn.Module):
+    """A VAE as one forward pass, which is what processes that train together need: clip to latents to clip.
+
+    Args:
+        vae: `AutoencoderKLWan`.
+    """
+
+    def __init__(self, vae: nn.Module) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, video: Tensor, noise: Callable[[torch.Size], Tensor]) -> tuple[Tensor, Tensor]:
+        """Latents of videos (B, 3, T, H, W) in [-1, 1], and what is decoded from them with noise of their shape added."""
+        latents = self.vae.encode(video).latent_dist.mode()
+        return latents, self.vae.decode(latents + noise(latents.shape)).sample
+
+
+def train_vae(vae: nn.Module, clips, heldout, settings: dict, team: Team, folder: Path, log: Log) -> None:
     """Train the VAE to reconstruct crops in space and time (`busy_crops`), then set its latents' mean and standard deviation.
 
     L1 plus squared error in [-1, 1], and a light pull of the latents to unit size. Crops have at least two temporal chunks
@@ -122,32 +140,39 @@ def train_vae(vae: nn.Module, clips, heldout, settings: dict, device: torch.devi
         if type(block).__name__ == "WanResidualBlock":
             nn.init.zeros_(block.conv2.weight)
             nn.init.zeros_(block.conv2.bias)
-    vae.to(device).train()
+    vae.to(team.device).train()
+    reconstruct = team.wrap(Reconstruction(vae))
     kernels = [p for p in vae.parameters() if p.ndim > 3 and p[0].numel() > 1]  # and not the gains of norms
     order = batches(len(clips), v["batch"], seed)
     crop_frames = min(9, settings["video"]["frames"])
-    checkpoint = Checkpoint(folder, "vae", settings, settings["train"]["checkpoint_every"])
+    places = team.share(len(order(0)))
+    checkpoint = Checkpoint(folder, "vae", settings, settings["train"]["checkpoint_every"], team)
 
-    def windows(frames: Tensor, draw: torch.Generator) -> Tensor:
+    def windows(frames: Tensor, draw: torch.Generator, places: range, count: int) -> Tensor:
         """Videos (B, 3, T, side, side) in [-1, 1]."""
-        frames = busy_crops(frames.to(device), crop_frames, v["crop"], draw)
+        frames = busy_crops(frames.to(team.device), crop_frames, v["crop"], draw, places, count)
         return (frames.float() / 127.5 - 1).permute(0, 4, 1, 2, 3)
 
     def loss(step: int) -> Iterator[Tensor]:
-        draw = generator(seed, 1, step)
-        video = windows(clips.batch(order(step)), draw)
-        latents = vae.encode(video).latent_dist.mode()
-        noise = torch.randn(latents.shape, generator=draw).to(device)
-        # Noise keeps the decoder smooth around the latents that diffusion will hand it.
-        error = vae.decode(latents + 0.2 * noise).sample - video
-        yield error.abs().mean() + error.square().mean() + 1e-4 * latents.square().mean()
+        draw, chosen = generator(seed, 1, step), order(step)
+        video = windows(clips.batch([chosen[place] for place in places]), draw, places, len(chosen))
+
+        def noise(shape: torch.Size) -> Tensor:
+            # It keeps the decoder smooth around the latents that diffusion will hand it.
+            return 0.2 * torch.randn(len(chosen), *shape[1:], generator=draw)[places].to(team.device)
+
+        latents, decoded = reconstruct(video, noise)
+        error = decoded - video
+        yield (error.abs().mean() + error.square().mean() + 1e-4 * latents.square().mean()) / team.size
 
     @torch.no_grad()
     def validate(step: int) -> None:
-        video = windows(heldout.batch(list(range(min(16, len(heldout))))), generator(seed, 5))
+        shown = range(min(16, len(heldout)))
+        video = windows(heldout.batch(list(shown)), generator(seed, 5), shown, len(shown))
         error = vae.decode(vae.encode(video).latent_dist.mode()).sample.clamp(-1, 1) - video
         log.add(step, "vae", "heldout", "loss", float(error.abs().mean() + error.square().mean()))
-        say(f"base_model vae: held-out windows at {-10 * float((error / 2).square().mean().log10()):.1f} dB")
+        if team.first:
+            say(f"base_model vae: held-out windows at {-10 * float((error / 2).square().mean().log10()):.1f} dB")
 
     train(
         "vae",
@@ -162,11 +187,12 @@ def train_vae(vae: nn.Module, clips, heldout, settings: dict, device: torch.devi
         clip=10.0,
         validate=validate,
         validate_every=max(1, v["steps"] // 5),
+        team=team,
     )
-    set_latent_statistics(vae.eval(), clips, device)
+    set_latent_statistics(vae.eval(), clips, team.device)
 
 
-def busy_crops(frames: Tensor, length: int, side: int, draw: torch.Generator) -> Tensor:
+def busy_crops(frames: Tensor, length: int, side: int, draw: torch.Generator, places: range, count: int) -> Tensor:
     """A window of each clip: of four drawn at random, the one that differs most from the clip's mean colour.
 
     Ground fills most of a frame. A VAE that saw windows as they came drew everything that was not orange or yellow in grey.
@@ -174,6 +200,7 @@ def busy_crops(frames: Tensor, length: int, side: int, draw: torch.Generator) ->
     Args:
         frames: uint8 (B, T, H, W, 3).
         length, side: of the window, in frames and pixels; a clip that is smaller gives all it has.
+        places, count: of these clips in their batch, and how many it has; a clip's window depends on its place.
 
     Returns:
         uint8 (B, length, side, side, 3).
@@ -182,7 +209,7 @@ def busy_crops(frames: Tensor, length: int, side: int, draw: torch.Generator) ->
     sizes = [min(size, limit) for size, limit in zip((length, side, side), limits, strict=True)]
     clip = torch.arange(len(frames), device=frames.device)
     choices = [
-        torch.randint(0, limit - size + 1, (len(frames), 4), generator=draw).to(frames.device)
+        torch.randint(0, limit - size + 1, (count, 4), generator=draw)[places].to(frames.device)
         for limit, size in zip(limits, sizes, strict=True)
     ]
     pixels = frames.float()
@@ -207,16 +234,17 @@ def set_latent_statistics(vae: nn.Module, clips, device: torch.device) -> None:
 
 
 def train_transformer(
-    pipeline, data: Latents, heldout: Latents, settings: dict, device: torch.device, folder: Path, log: Log
+    pipeline, data: Latents, heldout: Latents, settings: dict, team: Team, folder: Path, log: Log
 ) -> None:
     """Flow matching with Wan's shift on cached latents, of images and then of videos; the averaged weights stay in the pipeline.
 
     Images are first frames. Wan2.1 is trained in this order too: what a thing looks like is learned where a clip costs a tenth of the time.
     """
     t, seed = settings["train"], settings["seed"]
-    transformer = pipeline.transformer.to(device).train()
+    transformer, device = team.place(pipeline.transformer).train(), team.device
     if t["compile"]:
         compile_blocks(transformer)
+    wrapped = team.wrap(transformer)
     matrices = [p for p in transformer.blocks.parameters() if p.ndim == 2]
     empty = data.empty_text.to(device)
 
@@ -227,10 +255,12 @@ def train_transformer(
 
         def loss(step: int) -> Iterator[Tensor]:
             draw = generator(seed, number, step)
-            yield from flow_losses(transformer, *batch(step), empty, settings["flow_shift"], draw, t["caption_dropout"])
+            yield from flow_losses(
+                wrapped, *batch(step), empty, settings["flow_shift"], draw, t["caption_dropout"], team=team
+            )
 
         def validate(step: int) -> None:
-            value = heldout_loss(transformer, held, settings["flow_shift"], device)
+            value = heldout_loss(transformer, held, settings["flow_shift"], device, team=team)
             log.add(step, name, "heldout", "loss", value)
 
         train(
@@ -240,19 +270,26 @@ def train_transformer(
             muon_and_adamw(transformer, matrices, t["lr_matrices"], t["lr"], t["weight_decay"]),
             loss,
             steps,
-            Checkpoint(folder, name, settings, t["checkpoint_every"]),
+            Checkpoint(folder, name, settings, t["checkpoint_every"], team),
             log,
             warmup=t["warmup"],
             ema=t["ema"],
             validate=validate,
             validate_every=max(1, steps // 5),
             waited_s=waited_s,
+            team=team,
         )
 
+    def shared(size: int, seed: int) -> Callable[[int], list[int]]:
+        """Indices of this process's share of the batch of a step."""
+        order = batches(len(data), size, seed)
+        places = team.share(len(order(0)))
+        return lambda step: [order(step)[place] for place in places]
+
     if steps := t["images"]["steps"]:
-        images, order = Images(data, device), batches(len(data), t["images"]["batch"], seed + 1)
+        images, order = Images(data, device), shared(t["images"]["batch"], seed + 1)
         phase("images", 8, steps, lambda step: images.batch(order(step)), Images(heldout, device), lambda: 0.0)
-    stream = Stream(data, batches(len(data), t["batch"], seed), t["steps"], device)
+    stream = Stream(data, shared(t["batch"], seed), t["steps"], device)
     phase("transformer", 2, t["steps"], stream, heldout, stream.waited_s)
     transformer.eval()
 

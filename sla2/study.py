@@ -14,7 +14,8 @@ from sla2.prompts import Prompt, read_prompts
 from sla2.variant import Variant, read_variants
 
 WAN_SPATIAL, WAN_TEMPORAL, PATCH = 8, 4, 2
-NOT_OF_A_RUN = ("seeds", "headline", "gpus", "nodes", "of_rows")  # of section stage2
+PROCESSES = ("gpus", "nodes")  # of sections base_model and stage2
+NOT_OF_A_RUN = ("seeds", "headline", "of_rows")  # of section stage2
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,7 @@ class Study:
         if name == "stage2":
             own = values["of_rows"].get(extra.get("variant", {}).get("variant"), {})
             values = {key: value for key, value in values.items() if key not in NOT_OF_A_RUN} | own
+        values = {key: value for key, value in values.items() if key not in PROCESSES}
         values["threads"] = values.get("threads") or self.config["threads"]
         return {key: self.config[key] for key in ("study", "seed", "device")} | values | extra
 

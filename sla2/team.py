@@ -51,7 +51,7 @@ class Team:
             UserError: when the processes cannot share it evenly.
         """
         if count % self.size:
-            raise UserError(f"stage2.batch: {count} clips cannot be shared by {self.size} processes; choose a multiple")
+            raise UserError(f"batch: {count} clips cannot be shared by {self.size} processes; choose a multiple")
         own = count // self.size
         return range(self.rank * own, (self.rank + 1) * own)
 

@@ -7,13 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
+import training_run
+from safetensors.torch import load_file
 
 from sla2 import base_model, data, small_wan
 from sla2.config import as_argument, load_study
 from sla2.files import sha256_folder
 from sla2.flow import generator
+from sla2.latents import Latents
 
 STUDY = load_study(Path(__file__).parent / "workflow/micro.yaml")
+HALVES = slice(0, 8), slice(8, 16)
 
 
 @pytest.fixture
@@ -70,14 +74,38 @@ def test_training_begins_with_images_and_goes_on_with_what_they_taught(step, tmp
     assert logs[60]["transformer", "heldout"][0] != logs[0]["transformer", "heldout"][0]
 
 
+def test_two_processes_train_what_one_does(step, tmp_path, monkeypatch):
+    """And encode what one does, each its own shards."""
+    found = {}
+    for processes in (1, 2):
+        output = tmp_path / str(processes)
+        settings = STUDY.section("base_model", video=STUDY.config["data"]["video"])
+        arguments = ["--settings", as_argument(settings), "--data", str(tmp_path / "data"), "--output", str(output)]
+        training_run.run("sla2.base_model", arguments, processes)
+        weights = {path.parent.name: load_file(path) for path in output.glob("pipeline/*/*.safetensors")}
+        rows = [line.split(",") for line in (output / "log.csv").read_text().splitlines()[1:]]
+        assert json.loads((output / "base_model.json.provenance.json").read_text())["processes"] == processes
+        encoded = Latents(output / json.loads((output / "base_model.json").read_text())["latents"] / "train")
+        found[processes] = weights, rows, encoded.batch(list(range(len(encoded))))
+    (weights, rows, encoded), (other_weights, other_rows, other_encoded) = found.values()
+    assert [row[:4] for row in rows] == [row[:4] for row in other_rows]
+    assert [float(row[4]) for row in other_rows] == pytest.approx([float(row[4]) for row in rows], rel=1e-4)
+    for part in ("vae", "transformer"):
+        for name, tensor in weights[part].items():
+            torch.testing.assert_close(other_weights[part][name], tensor, rtol=1e-3, atol=1e-4)
+    for mine, other in zip(encoded, other_encoded, strict=True):
+        torch.testing.assert_close(other, mine, rtol=1e-3, atol=1e-3)
+
+
 def test_the_vae_sees_what_stands_out():
     frames = torch.full((16, 9, 48, 64, 3), 90, dtype=torch.uint8)
     frames[:, :, 30:40, 40:50] = torch.tensor([20, 60, 220], dtype=torch.uint8)
-    crops = small_wan.busy_crops(frames, 5, 16, generator(1))
+    crops = small_wan.busy_crops(frames, 5, 16, generator(1), range(16), 16)
     assert crops.shape == (16, 5, 16, 16, 3)
-    assert torch.equal(crops, small_wan.busy_crops(frames, 5, 16, generator(1)))
+    halves = [small_wan.busy_crops(frames[half], 5, 16, generator(1), range(16)[half], 16) for half in HALVES]
+    assert torch.equal(crops, torch.cat(halves))
     shown = (crops[..., 2] == 220).flatten(1).any(1).float().mean()
     evenly = ((48 - 15) * (64 - 15)) / ((10 + 15) * (10 + 15))  # windows for each one that shows some of it
     assert shown > 0.6 > 1 / evenly
-    whole = small_wan.busy_crops(frames, 20, 99, generator(1))
+    whole = small_wan.busy_crops(frames, 20, 99, generator(1), range(16), 16)
     assert torch.equal(whole, frames)

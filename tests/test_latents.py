@@ -8,6 +8,7 @@ import torch
 
 from sla2 import latents
 from sla2.latents import Ahead, Images, Latents, Stream, encode_clips, encode_texts
+from sla2.team import Team
 
 
 class Clips:
@@ -61,8 +62,8 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def cache(tmp_path):
     clips = Clips(150)
-    encode_texts(Text(), clips.captions, tmp_path, 8, CPU)
-    encode_clips(Vae(), clips, tmp_path, 8, CPU, batch=4)
+    encode_texts(Text(), clips.captions, tmp_path, 8, Team(CPU))
+    encode_clips(Vae(), clips, tmp_path, 8, Team(CPU), batch=4)
     return tmp_path
 
 
@@ -100,11 +101,31 @@ def test_an_interrupted_encoding_keeps_its_whole_shards(cache):
     for name in ("00001", "text-00002"):
         (cache / f"{name}.safetensors").unlink()
     clips, text = Clips(150), Text()
-    encode_texts(text, clips.captions, cache, 8, CPU)
-    encode_clips(Vae(), clips, cache, 8, CPU, batch=4)
+    encode_texts(text, clips.captions, cache, 8, Team(CPU))
+    encode_clips(Vae(), clips, cache, 8, Team(CPU), batch=4)
     assert text.asked == 150 - 128
     assert clips.read == list(range(64, 128))
     assert Latents(cache).batch([70])[0].flatten()[0].item() == pytest.approx(70 / 127.5 - 1)
+
+
+class Member(Team):
+    """Of a team whose processes run one after the other."""
+
+    def wait(self) -> None:
+        pass
+
+
+def test_processes_share_the_shards(cache, tmp_path):
+    read = []
+    for rank in (1, 0):
+        team, clips = Member(CPU, rank, 2), Clips(150)
+        encode_texts(Text(), clips.captions, tmp_path / "shared", 8, team)
+        encode_clips(Vae(), clips, tmp_path / "shared", 8, team, batch=4)
+        read.append(clips.read)
+    assert read == [list(range(64, 128)), [*range(64), *range(128, 150)]]
+    shared, alone = (Latents(folder).batch(list(range(150))) for folder in (tmp_path / "shared", cache))
+    for found, wanted in zip(shared, alone, strict=True):
+        assert torch.equal(found, wanted)
 
 
 def test_stream_gives_what_the_cache_holds_and_reads_no_further(cache):

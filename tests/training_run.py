@@ -1,5 +1,6 @@
-"""A base model with cached latents, made in a second, and stage 2 on it in one process or several."""
+"""A base model with cached latents, made in a second, and steps that train on it in one process or several."""
 
+import importlib
 import json
 import multiprocessing
 import os
@@ -10,7 +11,6 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from sla2 import stage2
 from sla2.adapter import fingerprint_files
 from sla2.latents import packed
 from sla2.random_wan import random_transformer
@@ -59,8 +59,13 @@ def make_base(folder: Path) -> Path:
 def fine_tune(base: Path, output: Path, processes: int = 1, **changes) -> None:
     """Stage 2 with some settings changed, in processes of their own where there are several."""
     arguments = ["--settings", json.dumps(SETTINGS | changes), "--base", str(base), "--output", str(output)]
+    run("sla2.stage2", arguments, processes)
+
+
+def run(module: str, arguments: list[str], processes: int = 1) -> None:
+    """Run a step, in processes of their own where there are several."""
     if processes == 1:
-        _run(arguments, {})
+        _run(module, arguments, {})
         return
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -69,7 +74,7 @@ def fine_tune(base: Path, output: Path, processes: int = 1, **changes) -> None:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["training_run", "diffusers.models.transformers.transformer_wan"])
     team = [
-        context.Process(target=_run, args=(arguments, shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}))
+        context.Process(target=_run, args=(module, arguments, shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}))
         for rank in range(processes)
     ]
     for member in team:
@@ -80,10 +85,10 @@ def fine_tune(base: Path, output: Path, processes: int = 1, **changes) -> None:
     assert [member.exitcode for member in team] == [0] * processes
 
 
-def _run(arguments: list[str], environment: dict[str, str]) -> None:
+def _run(module: str, arguments: list[str], environment: dict[str, str]) -> None:
     os.environ.update(environment)
-    former, sys.argv = sys.argv, ["stage2", *arguments]
+    former, sys.argv = sys.argv, [module, *arguments]
     try:
-        stage2.main()
+        importlib.import_module(module).main()
     finally:
         sys.argv = former

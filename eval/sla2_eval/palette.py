@@ -31,6 +31,8 @@ WORDS = {
     "distill": ("#ee3377", "d", "distilled"),
     "attention": ("#775533", "8", "attention layers learn"),
     "adapter": ("#5566cc", "H", "adapter learns"),
+    "lr-half": ("#77bbbb", "v", "half the learning rate"),
+    "lr-double": ("#225555", "^", "twice the learning rate"),
 }
 SPARE_COLORS = ("#228833", "#009988", "#bb8800", "#9988cc", "#dd5577")
 SPARE_MARKERS = ("h", "p", "d", "8", "H")

@@ -83,6 +83,12 @@ IMPOSSIBLE = [
     ({"data.video.frames": 18}, "data.video.frames", ["18", "2 k + 1", "17"]),
     ({"stage1.query_blocks": 37}, "stage1.query_blocks", ["37", "36"]),
     ({"stage2.micro_batch": 3}, "stage2.micro_batch", ["3", "4", "divisor"]),
+    ({"base_model.gpus": 3}, "base_model.vae.batch", ["3 GPUs", "multiple"]),
+    (
+        {"base_model.gpus": 7, "base_model.vae.batch": 7, "base_model.train.batch": 7},
+        "base_model.train.images.batch",
+        ["7 GPUs"],
+    ),
     ({"stage2.gpus": 3}, "stage2.batch", ["4", "3 GPUs", "multiple"]),
     ({"stage2.gpus": 2, "stage2.micro_batch": 4}, "stage2.micro_batch", ["4", "2 clips of a GPU", "divisor"]),
     ({"stage2.compile": True, "stage2.parallel": "fsdp"}, "stage2.compile", ["true", "false", "ddp"]),
@@ -246,7 +252,7 @@ def test_section_leaves_out_what_only_counts_jobs():
 
 def test_a_step_can_have_more_threads_than_the_others():
     study = load_study(ROOT / "config/mini.yaml")
-    assert [study.section(step)["threads"] for step in ("score", "generate")] == [10, study.config["threads"]]
+    assert [study.section(step)["threads"] for step in ("score", "generate")] == [5, study.config["threads"]]
 
 
 def test_a_row_can_be_fine_tuned_otherwise():
@@ -258,6 +264,7 @@ def test_a_row_can_be_fine_tuned_otherwise():
     settings = {name: study.section("stage2", variant=row.row()) for name, row in study.variants.items()}
     assert settings["sla2-97-distill"]["loss"] == "distill"
     assert settings["sla2-97-step50"]["steps"] == 50
+    assert settings["sla2-97-lr-half"]["lr"] == 1e-4  # YAML 1.1 takes it for text
     assert settings["sla2-97"]["steps"] == study.config["stage2"]["steps"]
     assert all("of_rows" not in values for values in settings.values())
 

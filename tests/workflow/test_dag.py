@@ -204,8 +204,10 @@ def test_gpus_and_nodes_of_the_config_reach_the_launcher(checkout):
     checkout.edit(
         "config/tiny.yaml", "lr_mixing: 1e-2\n  warmup: 5", "lr_mixing: 1e-2\n  gpus: 2\n  nodes: 2\n  warmup: 5"
     )
+    checkout.edit("config/tiny.yaml", "  pretrained: null", "  pretrained: null\n  gpus: 2")
     options = ("--dry-run", "--printshellcmds", "--quiet", "host", "--resources", "gpu=4")
     shown = checkout.snakemake("ablations", *options).stdout
+    assert "sla2 --gpus 2 base_model" in shown
     assert "sla2 --gpus 4 --nodes 2 stage2" in shown
 
 

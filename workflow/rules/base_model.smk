@@ -10,6 +10,7 @@ rule base_model:
     conda:
         "../envs/sla2.yaml"
     threads: study.section("base_model")["threads"]
+    # Not a parameter: another number of GPUs reruns nothing.
     resources:
         gpu=gpus("base_model"),
     params:
@@ -17,5 +18,5 @@ rule base_model:
         data=subpath(input.data, parent=True),
         output=subpath(output.base, parent=True),
     shell:
-        "( sla2 base_model --settings {params.settings:q} --data {params.data} --output {params.output} )"
+        "( sla2 --gpus {resources.gpu} base_model --settings {params.settings:q} --data {params.data} --output {params.output} )"
         " 2>&1 | tee {log}"

@@ -62,11 +62,12 @@ onstart:
     except UserError as error:
         raise SystemExit(f"error: {error}")
     # Snakemake would quietly hand such a job what there is.
-    wanted, limit = gpus("stage2"), workflow.global_resources.get("gpu").value
-    if limit is not None and wanted > limit:
-        raise SystemExit(
-            f"error: stage2.gpus: a run takes {wanted} GPUs, gpu={limit} is allowed; add --resources gpu={wanted}"
-        )
+    limit = workflow.global_resources.get("gpu").value
+    for step in ("base_model", "stage2"):
+        if limit is not None and gpus(step) > limit:
+            raise SystemExit(
+                f"error: {step}.gpus: a run takes {gpus(step)} GPUs, gpu={limit} is allowed; add --resources gpu={gpus(step)}"
+            )
     # Importing for all jobs costs what importing for two does, so a few jobs import for themselves.
     if workflow.local_exec and sum(1 for _ in workflow.dag.needrun_jobs()) > 5:
         preloaded.append(start(Path(tempfile.mkdtemp(prefix="sla2-"))))
