@@ -9,9 +9,9 @@
 # Left out: pulp (16 MB; Snakemake does without, with --scheduler greedy), Jupyter, and the test tools.
 set -eu
 output=$1
-wanted="annotated-types argparse-dataclass av conda-inject configargparse connection-pool diffusers docutils dpath
+wanted="accelerate annotated-types argparse-dataclass av conda-inject configargparse connection-pool diffusers docutils dpath
 fastjsonschema ftfy gitdb gitpython greenlet humanfriendly immutables importlib-metadata jsonschema jsonschema-specifications
-jupyter-core lazy-importer nbformat open-clip-torch platformdirs pydantic pydantic-core referencing rpds-py scikit-video
+jupyter-core lazy-importer nbformat open-clip-torch platformdirs psutil pydantic pydantic-core referencing rpds-py scikit-video
 smart-open smmap snakemake snakemake-interface-common snakemake-interface-executor-plugins snakemake-interface-logger-plugins
 snakemake-interface-report-plugins snakemake-interface-scheduler-plugins snakemake-interface-storage-plugins sqlalchemy
 sqlmodel tenacity throttler traitlets typing-inspection wcwidth yte"
