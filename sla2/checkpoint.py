@@ -50,6 +50,26 @@ class Checkpoint:
                 tensors |= {f"optimizer/{number}/{index}/{key}": torch.as_tensor(v) for key, v in state.items()}
         self._write(self.path, tensors, {"step": str(step), "extra": json.dumps(extra)})
 
+    def finish(self, step: int, modules: dict[str, nn.Module], extra: dict) -> None:
+        """Put the weights that a run ends with in place of its state: `finished` is true, and `load` asks for no optimisers.
+
+        Raises:
+            UserError: as `save`.
+        """
+        tensors = {
+            f"{name}/{key}": tensor for name, module in modules.items() for key, tensor in module.state_dict().items()
+        }
+        self._write(self.path, tensors, {"step": str(step), "extra": json.dumps(extra), "finished": "yes"})
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run has come to its end.
+
+        Raises:
+            UserError: as `load`.
+        """
+        return self.path.is_file() and "finished" in self._meta(self.path)
+
     def save_best(self, step: int, module: nn.Module, value: float) -> None:
         """Save weights as the best so far if `value`, such as a held-out loss, is the lowest.
 

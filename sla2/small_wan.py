@@ -280,16 +280,10 @@ def train_transformer(
             team=team,
         )
 
-    def shared(size: int, seed: int) -> Callable[[int], list[int]]:
-        """Indices of this process's share of the batch of a step."""
-        order = batches(len(data), size, seed)
-        places = team.share(len(order(0)))
-        return lambda step: [order(step)[place] for place in places]
-
     if steps := t["images"]["steps"]:
-        images, order = Images(data, device), shared(t["images"]["batch"], seed + 1)
+        images, order = Images(data, device), batches(len(data), t["images"]["batch"], seed + 1, team)
         phase("images", 8, steps, lambda step: images.batch(order(step)), Images(heldout, device), lambda: 0.0)
-    stream = Stream(data, shared(t["batch"], seed), t["steps"], device)
+    stream = Stream(data, batches(len(data), t["batch"], seed, team), t["steps"], device)
     phase("transformer", 2, t["steps"], stream, heldout, stream.waited_s)
     transformer.eval()
 

@@ -98,9 +98,8 @@ def main() -> None:
             f"stage2 {variant.variant}: stage2.trainable {settings['trainable']}: nothing of this row learns; its weights stay"
         )
     data, heldout = Latents(Path(base.latents) / "train"), Latents(Path(base.latents) / "heldout")
-    order = batches(len(data), settings["batch"], sum(seed * 7919**i for i, seed in enumerate(seeds)))
-    stream = Stream(data, lambda step: [order(step)[place] for place in share], steps, team.device)
-    share = team.share(len(order(0)))
+    order = batches(len(data), settings["batch"], sum(seed * 7919**i for i, seed in enumerate(seeds)), team)
+    stream = Stream(data, order, steps, team.device)
     empty = data.empty_text.to(team.device)
     teacher = None
     if settings["loss"] == "distill":

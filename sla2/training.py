@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -238,7 +239,8 @@ def train(
 ) -> None:
     """Train `module` in place, resuming from `checkpoint` when there is one; leaves the averaged weights in it.
 
-    Ctrl-C saves the step that it finds. The last step is saved too: what follows the training may fail.
+    Ctrl-C saves the step that it finds. The end is saved too, without the optimisers' state, so that it is small enough to be carried
+    elsewhere: what follows the training may fail.
 
     Args:
         optimizers: step together; each of their groups' learning rates is a peak that the schedule scales.
@@ -253,8 +255,13 @@ def train(
     Raises:
         UserError: when a gradient is not finite; the checkpoint is of before.
     """
+    trained = {"module": module, **(state or {})}
+    if checkpoint.finished:
+        _, extra = checkpoint.load(trained, [])
+        log.restore(extra)
+        return
     average = Average(module, ema)
-    modules = {"module": module, "average": average.values, **(state or {})}
+    modules = {**trained, "average": average.values}
     start, extra = checkpoint.load(modules, optimizers)
     if extra:
         log.restore(extra)
@@ -303,7 +310,7 @@ def train(
             told |= {} if peak is None else {"gpu": f"{peak:.1f} GiB"}
             due = validate and (done % validate_every == 0 or done == steps)
             halt = interrupted()
-            saved = done % checkpoint.every == 0 or done == steps or halt
+            saved = halt or (done % checkpoint.every == 0 and done < steps)
             if due or saved:
                 settle()
             if due:
@@ -314,18 +321,28 @@ def train(
                 checkpoint.save(done, modules, optimizers, log.state())
             if halt:
                 raise KeyboardInterrupt
+        settle()
     average.store()
+    checkpoint.finish(steps, trained, log.state())
 
 
-def batches(count: int, size: int, seed: int) -> Callable[[int], list[int]]:
-    """Indices of the batch of step i: every epoch a new order by (seed, epoch), the same whether resumed or not."""
+def batches(count: int, size: int, seed: int, team: Team | None = None) -> Callable[[int], list[int]]:
+    """Indices of the batch of step i: every epoch a new order by (seed, epoch), the same whether resumed or not.
+
+    Args:
+        team: of each batch this process's share is given.
+    """
     size = min(size, count)
     per_epoch = count // size
+    places = team.share(size) if team else range(size)
+
+    @lru_cache(1)
+    def order(epoch: int) -> list[int]:
+        return torch.randperm(count, generator=generator(seed, epoch)).tolist()
 
     def batch(step: int) -> list[int]:
-        epoch, place = divmod(step, per_epoch)
-        order = torch.randperm(count, generator=generator(seed, epoch)).tolist()
-        return order[place * size : (place + 1) * size]
+        epoch, number = divmod(step, per_epoch)
+        return [order(epoch)[number * size + place] for place in places]
 
     return batch
 
