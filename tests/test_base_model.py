@@ -56,6 +56,30 @@ def test_weights_without_their_latents_are_taken_up_again(step, tmp_path, monkey
             step(seed=1)  # other settings are trained
 
 
+def test_a_finished_phase_goes_on_elsewhere(step, tmp_path, monkeypatch):
+    """An interrupted training leaves weights without an optimiser's state, small enough to be carried; nothing else is needed."""
+    output = tmp_path / "base_model"
+    step()
+    pipeline, log = sha256_folder(output / "pipeline"), (output / "log.csv").read_text()
+    shutil.rmtree(output)
+    with monkeypatch.context() as patch:
+        patch.setattr(small_wan, "train_transformer", None)  # calling it fails
+        with pytest.raises(TypeError):
+            step()
+    (work,) = output.glob(".work-*")
+    (phase,) = work.iterdir()
+    assert not [name for name in load_file(phase) if name.startswith(("optimizer", "average"))]
+    carried = tmp_path / phase.name
+    phase.rename(carried)
+    shutil.rmtree(output)
+    work.mkdir(parents=True)
+    carried.rename(phase)
+    with monkeypatch.context() as patch:
+        patch.setattr(small_wan, "busy_crops", None)  # no step of the VAE is made without
+        step()
+    assert (sha256_folder(output / "pipeline"), (output / "log.csv").read_text()) == (pipeline, log)
+
+
 def test_training_begins_with_images_and_goes_on_with_what_they_taught(step, tmp_path):
     train = STUDY.config["base_model"]["train"] | {"lr": 1e-2, "ema": 0, "steps": 2}
     logs = {}
