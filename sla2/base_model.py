@@ -58,7 +58,7 @@ def main() -> None:
         return {name: Latents(latents / name) for name in used}
 
     place, revision = settings["pretrained"], settings["revision"]
-    note = output / "trained.json"  # of the pipeline beside it
+    note = output / "trained.json"  # of the pipeline beside it; its provenance goes where the weights go
     if place is None:
         place = str(output / "pipeline")
         trained = read_json(note) if note.is_file() else {}
@@ -77,6 +77,7 @@ def main() -> None:
             if team.first:
                 write_folder(place, lambda folder: pipeline.to("cpu").save_pretrained(folder))
                 write_json(note, {"identity": identity, "log": log.state()})
+                write_provenance(note, settings, processes=team.size)
     else:
         encode(lambda: load_text_encoder(place, revision, team.device), lambda: load_vae(place, revision).eval())
     if team.first:

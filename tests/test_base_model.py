@@ -41,6 +41,7 @@ def test_weights_without_their_latents_are_taken_up_again(step, tmp_path, monkey
     output = tmp_path / "base_model"
     step()
     found = [json.loads((output / "base_model.json").read_text()), (output / "log.csv").read_text()]
+    trained = (output / "trained.json.provenance.json").read_text()
     latents = output / found[0]["latents"]
     encoded = sha256_folder(latents, "*.safetensors")
     shutil.rmtree(latents)
@@ -52,6 +53,7 @@ def test_weights_without_their_latents_are_taken_up_again(step, tmp_path, monkey
         step()
         assert [json.loads((output / "base_model.json").read_text()), (output / "log.csv").read_text()] == found
         assert sha256_folder(latents, "*.safetensors") == encoded
+        assert (output / "trained.json.provenance.json").read_text() == trained
         with pytest.raises(TypeError):
             step(seed=1)  # other settings are trained
 

@@ -21,6 +21,7 @@ from sla2_eval.table_set import TableSet
 RECORDS = (
     "data/data.json",
     "base_model/base_model.json",
+    "base_model/trained.json.provenance.json",
     "base_model/log.csv",
     "stage1/*/adapter.json",
     "stage1/*/adapter.safetensors.provenance.json",
