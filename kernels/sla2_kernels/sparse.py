@@ -3,7 +3,8 @@
     S = Q K^T / sqrt(D) (+ log M per block),  P = softmax over the kept blocks,  O = P V,  L = log-sum-exp of a row of S
     dV = P^T dO,  dS = P (dO V^T - rowsum(dO O)),  dQ = dS K / sqrt(D),  dK = dS^T Q / sqrt(D),  dlog M = block sum of dS
 
-Saved for the backward: Q, K, V, O, L and the lookup tables; P is formed again tile by tile.
+Saved for the backward: Q, K, V, O, L and the lookup tables; P is formed again tile by tile. With log M the query
+kernel also sums the rows of P and of dS, which should be one and zero, and by these the key kernel corrects its own, whose blocks it sums.
 
 Legend: B batch, H heads, N tokens, D head size, BD the power of two that holds D, BLOCK_Q and BLOCK_K tokens of the mask's blocks,
 BM and BN tokens of a tile. A table line ascends, so a ragged last key block comes last and every other step needs no mask.
@@ -106,28 +107,38 @@ def _forward_kernel(q, k, v, table, count, bias, o, lse,
 
 
 @triton.jit
-def query_gradient(q_tile, do_tile, grad, lse2, delta, k, v, i_b, i_h, table, bias, grad_bias, begin, end, scale, N,
+def product_over_channels(rows, columns, SOFT: tl.constexpr):
+    """rows columns^T, [BM, BN]. SOFT: as the key kernel rounds it, which corrects its own P and dS by sums of these.
+
+    It forms columns rows^T, in which fp32's three TF32 products come in another order; bf16's one is the same either way.
+    """
+    return tl.trans(dot(columns, tl.trans(rows))) if SOFT and rows.dtype == tl.float32 else dot(rows, tl.trans(columns))
+
+
+@triton.jit
+def query_gradient(q_tile, do_tile, grad, mass, residue, lse2, delta, k, v, i_b, i_h, table, bias, begin, end, scale, N,
                    stride_kn, stride_vn, D: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, BLOCK_K: tl.constexpr,
                    SOFT: tl.constexpr, TMA: tl.constexpr, MASKED: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
-    """Add dS K over the key tiles begin .. end to `grad` [BM, BD], and each block's sum of dS to `grad_bias`."""
+    """Add dS K over the key tiles begin .. end to `grad` [BM, BD]; SOFT: P's row sums to `mass`, dS's to `residue` [BM]."""
     for step in tl.range(begin, end, num_stages=STAGES):
         start = tile_start(table, step, BN, BLOCK_K, SOFT)
         k_tile = load_block(k, i_b, i_h, start, stride_kn, N, D, BD, BN, TMA, MASKED)  # [BN, BD]
         v_tile = load_block(v, i_b, i_h, start, stride_vn, N, D, BD, BN, TMA, MASKED)  # [BN, BD]
-        scores = dot(q_tile, tl.trans(k_tile))  # [BM, BN]
+        scores = product_over_channels(q_tile, k_tile, SOFT)  # [BM, BN]
         if MASKED:
             scores = tl.where(start + tl.arange(0, BN)[None, :] < N, scores, float("-inf"))
         shift = tl.load(bias + step * BN // BLOCK_K).to(tl.float32) * LOG2E if SOFT else 0.0
         p = tl.math.exp2(scores * scale - (lse2 - shift)[:, None])
-        ds = p * (dot(do_tile, tl.trans(v_tile)) - delta[:, None])  # [BM, BN]
+        ds = p * (product_over_channels(do_tile, v_tile, SOFT) - delta[:, None])  # [BM, BN]
         if SOFT:
-            tl.atomic_add(grad_bias + step * BN // BLOCK_K, tl.sum(ds))
+            mass += tl.sum(p, 1)
+            residue += tl.sum(ds, 1)
         grad = dot(ds.to(k_tile.dtype), k_tile, grad)
-    return grad
+    return grad, mass, residue
 
 
 @triton.jit
-def _query_backward_kernel(q, k, v, o, do, lse, table, count, bias, alpha, dq, delta, shifted, grad_bias,
+def _query_backward_kernel(q, k, v, o, do, lse, table, count, bias, alpha, dq, delta, shifted, inverse,
                            stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
                            stride_vb, stride_vh, stride_vn, stride_ob, stride_oh, stride_on,
                            stride_db, stride_dh, stride_dn, stride_gb, stride_gh, stride_gn, H, NQ, N, entries, scale,
@@ -143,23 +154,31 @@ def _query_backward_kernel(q, k, v, o, do, lse, table, count, bias, alpha, dq, d
     do_tile = load_tile(do + head_offset(i_bh, H, stride_db, stride_dh), rows, stride_dn, NQ, D, BD, True)
     at = i_bh.to(tl.int64) * NQ + rows
     rows_delta = tl.sum(o_tile.to(tl.float32) * do_tile.to(tl.float32), 1)  # [BM]
-    tl.store(delta + at, rows_delta, mask=rows < NQ)
+    if not SOFT:
+        tl.store(delta + at, rows_delta, mask=rows < NQ)
     lse2 = tl.load(lse + at, mask=rows < NQ, other=float("inf")) * LOG2E
     if WEIGHTED:  # dO of this branch is alpha dO: P alpha = exp2(S - (L - log2 alpha))
         lse2 -= tl.math.log2(tl.load(alpha + (i_bh % H) * row_blocks + i_m * BM // BLOCK_Q))
     tl.store(shifted + at, lse2, mask=rows < NQ)
     k, v = of_head(k, i_bh, H, stride_kb, stride_kh, TMA), of_head(v, i_bh, H, stride_vb, stride_vh, TMA)
-    table, bias, grad_bias = table + line * entries, bias + line * entries, grad_bias + line * entries
+    table, bias = table + line * entries, bias + line * entries
     kept = entries if SOFT else tl.load(count + line)
     clean = clean_blocks(table, kept, N, BLOCK_K, SOFT) * (BLOCK_K // BN)
     grad = tl.zeros([BM, BD], tl.float32)
-    grad = query_gradient(
-        q_tile, do_tile, grad, lse2, rows_delta, k, v, i_bh // H, i_bh % H, table, bias, grad_bias, 0, clean,
+    mass, residue = tl.zeros([BM], tl.float32), tl.zeros([BM], tl.float32)
+    grad, mass, residue = query_gradient(
+        q_tile, do_tile, grad, mass, residue, lse2, rows_delta, k, v, i_bh // H, i_bh % H, table, bias, 0, clean,
         scale * LOG2E, N, stride_kn, stride_vn, D, BD, BN, BLOCK_K, SOFT, TMA, False, STAGES)  # fmt: skip
-    grad = query_gradient(
-        q_tile, do_tile, grad, lse2, rows_delta, k, v, i_bh // H, i_bh % H, table, bias, grad_bias, clean,
+    grad, mass, residue = query_gradient(
+        q_tile, do_tile, grad, mass, residue, lse2, rows_delta, k, v, i_bh // H, i_bh % H, table, bias, clean,
         kept * (BLOCK_K // BN), scale * LOG2E, N, stride_kn, stride_vn,
         D, BD, BN, BLOCK_K, SOFT, TMA, True, 1)  # fmt: skip
+    if SOFT:
+        # delta and L carry roundings of their own, delta that of O to bf16. They are one number a row, so in a block's sum of dS they
+        # add up where the true terms cancel. With these the key kernel's rows of P sum to one, and its rows of dS to zero.
+        mass = tl.where(rows < NQ, mass, 1.0)  # rows past the end have P = 0
+        tl.store(delta + at, rows_delta + residue / mass, mask=rows < NQ)
+        tl.store(inverse + at, 1 / mass, mask=rows < NQ)
     dq += head_offset(i_bh, H, stride_gb, stride_gh)
     grad *= scale
     if MIXED:  # the linear branch has written its part
@@ -168,7 +187,7 @@ def _query_backward_kernel(q, k, v, o, do, lse, table, count, bias, alpha, dq, d
 
 
 @triton.jit
-def _key_backward_kernel(q, k, v, do, shifted, delta, table, count, bias, column_mean, dk, dv,
+def _key_backward_kernel(q, k, v, do, shifted, delta, inverse, table, count, bias, grad_bias, column_mean, dk, dv,
                          stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
                          stride_vb, stride_vh, stride_vn, stride_db, stride_dh, stride_dn,
                          stride_gb, stride_gh, stride_gn, stride_wb, stride_wh, stride_wn, H, NQ, N, entries, blocks, scale,
@@ -185,6 +204,7 @@ def _key_backward_kernel(q, k, v, do, shifted, delta, table, count, bias, column
     line = i_bh.to(tl.int64) * blocks + i_n
     grad_k = tl.zeros([BN, BD], tl.float32)
     grad_v = tl.zeros([BN, BD], tl.float32)
+    block_sum = tl.full([], 0.0, tl.float32)
     seen = entries if SOFT else tl.load(count + line)
     for step in tl.range(0, seen * (BLOCK_Q // BM), num_stages=STAGES):
         start = tile_start(table + line * entries, step, BM, BLOCK_Q, SOFT)
@@ -198,8 +218,15 @@ def _key_backward_kernel(q, k, v, do, shifted, delta, table, count, bias, column
             block = (i_bh.to(tl.int64) * entries + step * BM // BLOCK_Q) * blocks + i_n
             lse2 -= tl.load(bias + block).to(tl.float32) * LOG2E
         p = tl.math.exp2(dot(k_tile, tl.trans(q_tile)) * (scale * LOG2E) - lse2[None, :])  # [BN, BM]
+        if SOFT:
+            p *= tl.load(inverse + first + rows, mask=rows < NQ, other=0.0)[None, :]
         grad_v = dot(p.to(do_tile.dtype), do_tile, grad_v)
         ds = p * (dot(v_tile, tl.trans(do_tile)) - row_delta[None, :])
+        if SOFT:  # one addition to memory a block, so that two programs' give the same in either order
+            block_sum += tl.sum(tl.where(keys[:, None] < N, ds, 0.0))
+            whole = (step + 1) * BM % BLOCK_Q == 0
+            tl.atomic_add(grad_bias + block, block_sum, mask=whole)
+            block_sum = tl.where(whole, 0.0, block_sum)
         grad_k = dot(ds.to(q_tile.dtype), q_tile, grad_k)
     dk += head_offset(i_bh, H, stride_gb, stride_gh)
     dv += head_offset(i_bh, H, stride_wb, stride_wh)
@@ -266,9 +293,10 @@ def backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor
     soft, mixed = tables is None, linear is not None
     dq, dk, dv = linear.gradients if mixed else (torch.empty_like(x) for x in (q, k, v))
     delta, shifted = torch.empty_like(lse), torch.empty_like(lse)
+    inverse = torch.empty_like(lse) if soft else None  # of P's row sums
     (table, count), (table_back, count_back) = ((log_mask, log_mask),) * 2 if soft else (tables, back)
     bias = log_mask if soft else table
-    grad_bias = torch.zeros_like(log_mask, dtype=torch.float32) if soft else table
+    grad_bias = torch.zeros_like(log_mask, dtype=torch.float32) if soft else None
     weighted = mixed and linear.alpha is not None
     centred = mixed and linear.column_mean is not None
     BD = power_of_two(D)
@@ -278,14 +306,14 @@ def backward(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor
         tma, k_in, v_in = blocks_of(c.BN, BD, k, v)
         _query_backward_kernel[(triton.cdiv(NQ, c.BM), B * H)](
             q, k_in, v_in, o, do, lse, table, count, bias, linear.alpha if weighted else lse, dq, delta, shifted,
-            grad_bias, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *o.stride()[:3], *do.stride()[:3],
+            inverse if soft else lse, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *o.stride()[:3], *do.stride()[:3],
             *dq.stride()[:3], H, NQ, N, table.shape[-1], D**-0.5, BM=c.BM, BN=c.BN, WEIGHTED=weighted, TMA=tma, **shared,
             STAGES=c.num_stages, num_warps=c.num_warps, num_stages=c.num_stages)  # fmt: skip
         c = config("key_backward", q, BD, block_q, block_k)
         tma, q_in, do_in = blocks_of(c.BM, BD, q, do)
         _key_backward_kernel[(triton.cdiv(N, c.BN), B * H)](
-            q_in, k, v, do_in, shifted, delta, table_back, count_back, bias, linear.column_mean if centred else lse,
-            dk, dv, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *do.stride()[:3], *dk.stride()[:3],
-            *dv.stride()[:3], H, NQ, N, rows, blocks, D**-0.5, BM=c.BM, BN=c.BN, CENTRED=centred, TMA=tma, **shared,
+            q_in, k, v, do_in, shifted, delta, inverse, table_back, count_back, bias, grad_bias,
+            linear.column_mean if centred else lse, dk, dv, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+            *do.stride()[:3], *dk.stride()[:3], *dv.stride()[:3], H, NQ, N, rows, blocks, D**-0.5, BM=c.BM, BN=c.BN, CENTRED=centred, TMA=tma, **shared,
             STAGES=c.num_stages, num_warps=c.num_warps, num_stages=c.num_stages)  # fmt: skip
-    return dq, dk, dv, grad_bias if soft else None
+    return dq, dk, dv, grad_bias

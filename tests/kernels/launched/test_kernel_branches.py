@@ -6,13 +6,17 @@ from harness import (
     CASES,
     DEVICE,
     GPU_CASES,
+    SCORE_GRADIENT,
     Case,
+    assert_sums,
     compare,
+    distance,
     draw,
     draw_mask,
     plain_linear,
     plain_soft,
     plain_sparse,
+    score_gradients,
     seed,
     with_gradients,
 )
@@ -59,7 +63,28 @@ def test_soft_sparse_attention(case, dtype):
         [q, k, v, log_mask],
         grad,
         "o dq dk dv dlog_mask",
+        case,
     )
+
+
+@DTYPES
+@pytest.mark.parametrize("case", [Case(100, 24, 32, 16, 2), Case(130, 128, 128, 64, 2, H=1)], ids=str)
+def test_a_constant_added_to_a_row_of_log_mask_changes_nothing(case, dtype):
+    """So a row of the gradient of log M sums to zero, whatever O and L lost to rounding on their way into the backward."""
+    q, k, v, grad = draw(case, dtype)
+    log_mask = torch.rand(case.grid, generator=seed()).clamp_min(1e-3).log().to(DEVICE)
+    constants = torch.linspace(-4, 4, case.grid[2], device=DEVICE)[:, None]
+    one, other = (
+        with_gradients(lambda *x: soft_sparse_attention(*x, **case.blocks, **TRITON), [q, k, v, m], grad)
+        for m in (log_mask, log_mask + constants)
+    )
+    for a, b in zip(one[:-1], other[:-1], strict=True):
+        assert distance(a, b) < max(SCORE_GRADIENT, torch.finfo(dtype).eps)
+    summands = score_gradients(q, k, v, log_mask, grad, case)
+    assert_sums("dlog_mask", other[-1], one[-1], summands, SCORE_GRADIENT)
+    for result in (one, other):
+        rows = result[-1].double().sum(-1)
+        assert_sums("row sums of dlog_mask", rows, torch.zeros_like(rows), summands, SCORE_GRADIENT)
 
 
 @DTYPES
