@@ -39,7 +39,7 @@ def main() -> None:
 
     team = join(settings | {"parallel": "ddp"})
     splits = {name: Clips(args.data / f"{name}.jsonl", settings["video"], team.device) for name in ("train", "heldout")}
-    identity = settings_hash({"settings": settings, "data": sha256_folder(args.data, "*.jsonl")})
+    identity = identity_of(settings, args.data)
     work, log = output / f".work-{identity}", Log()
     latents = output / f"latents-{identity}"
 
@@ -94,6 +94,11 @@ def main() -> None:
         say(f"base_model: {place}")
     team.wait()
     team.leave()
+
+
+def identity_of(settings: dict, data: Path) -> str:
+    """Of what is trained with these settings on this folder of the data step; kept in `trained.json` beside the weights."""
+    return settings_hash({"settings": settings, "data": sha256_folder(data, "*.jsonl")})
 
 
 def describe(settings: dict, place: str, revision: str | None, config: dict, latents: str) -> dict:

@@ -10,13 +10,16 @@ import torch
 import training_run
 from safetensors.torch import load_file
 
-from sla2 import base_model, data, small_wan
+from sla2 import base_model, data, publish_base, small_wan
 from sla2.config import as_argument, load_study
+from sla2.errors import UserError
 from sla2.files import sha256_folder
 from sla2.flow import generator
 from sla2.latents import Latents
+from sla2.wan import load_pipeline
 
 STUDY = load_study(Path(__file__).parent / "workflow/micro.yaml")
+ROOT = Path(__file__).parents[1]
 HALVES = slice(0, 8), slice(8, 16)
 
 
@@ -56,6 +59,46 @@ def test_weights_without_their_latents_are_taken_up_again(step, tmp_path, monkey
         assert (output / "trained.json.provenance.json").read_text() == trained
         with pytest.raises(TypeError):
             step(seed=1)  # other settings are trained
+
+
+def test_a_published_base_model_is_taken_up(step, tmp_path, monkeypatch):
+    step()
+    output, public = tmp_path / "base_model", tmp_path / "public"
+    monkeypatch.setattr(sys, "argv", ["publish_base", str(output), "--output", str(public)])
+    publish_base.main()
+    for path in public.rglob("*.json"):
+        assert str(tmp_path) not in path.read_text()
+    ours, theirs = (load_pipeline(str(folder / "pipeline"), None) for folder in (output, public))
+    for part in ("vae", "transformer", "text_encoder"):
+        mine, other = (getattr(pipeline, part).state_dict() for pipeline in (ours, theirs))
+        for name, tensor in mine.items():
+            torch.testing.assert_close(other[name], tensor, rtol=0 if part == "vae" else 2**-8, atol=0)
+    shutil.rmtree(output)
+    shutil.copytree(public, output)
+    with monkeypatch.context() as patch:
+        for name in ("train_vae", "train_transformer"):
+            patch.setattr(small_wan, name, None)  # calling it fails
+        step()
+    assert json.loads((output / "trained.json.provenance.json").read_text())["weights_rounded_to"] == "bfloat16"
+    (output / "trained.json").unlink()
+    monkeypatch.setattr(sys, "argv", ["publish_base", str(output), "--output", str(public)])
+    with pytest.raises(UserError, match=r"trained\.json: missing"):
+        publish_base.main()
+
+
+def test_the_published_base_model_is_that_of_its_study(tmp_path, monkeypatch):
+    """Else a run that is given it would quietly train another."""
+    public = ROOT / "results/reference/mini-base"
+    study = load_study(ROOT / "config/mini.yaml")
+    arguments = ["--settings", as_argument(study.section("data", withheld=study.withheld)), "--output", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["data", *arguments])
+    data.main()
+    settings = json.loads(as_argument(study.section("base_model", video=study.config["data"]["video"])))
+    noted = json.loads((public / "trained.json").read_text())["identity"]
+    assert noted == base_model.identity_of(settings, tmp_path)
+    files = [path for path in public.rglob("*") if path.is_file()]
+    assert max(path.stat().st_size for path in files) < 5 * 2**20
+    assert {path.suffix for path in files} == {".json", ".safetensors"}
 
 
 def test_a_finished_phase_goes_on_elsewhere(step, tmp_path, monkeypatch):
