@@ -121,6 +121,9 @@ def _rows(study: Study) -> Failures:
             yield key, f"'{name}' is not a row of this study; choose some of {choices}"
         elif not variants[name].finetune:
             yield key, f"'{name}' is not fine-tuned; remove it here, or let the sheet say finetune yes"
+    for name, changes in stage2["of_rows"].items():
+        if "alpha" in changes and name in variants and variants[name].mixing != "alpha":
+            yield f"stage2.of_rows.{name}.alpha", f"mixing {variants[name].mixing} has no alpha; remove it"
     if study.config["report"]["reference"] not in variants:
         name = study.config["report"]["reference"]
         yield "report.reference", f"'{name}' is not a row of this study; choose one of {choices}"

@@ -21,12 +21,20 @@ from sla2.errors import run_main
 from sla2.files import write_folder
 from sla2.flow import flow_losses, generator, heldout_loss
 from sla2.latents import Latents, Stream
+from sla2.mixing import AlphaMixing
 from sla2.progress import say
 from sla2.record import write_provenance
 from sla2.team import Team, join
 from sla2.training import Log, batches, train
 from sla2.variant import Variant
 from sla2.wan import BaseModel, compile_blocks, install, load_transformer, stock
+
+
+def start_alpha(transformer: nn.Module, alpha: float) -> None:
+    """Set every alpha of the transformer's mixings, where it has such, to a number in [0.02, 0.98]."""
+    for mixing in transformer.modules():
+        if isinstance(mixing, AlphaMixing):
+            mixing.start(torch.full_like(mixing.logit, alpha))
 
 
 def choose_trainable(transformer: nn.Module, trainable: str) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
@@ -83,6 +91,8 @@ def main() -> None:
     install(transformer, variant, attention, base.tokens)
     if args.adapter:
         load_adapter(args.adapter, transformer, base)
+    if settings["alpha"] is not None:
+        start_alpha(transformer, settings["alpha"])
     transformer.train()
     if settings["gradient_checkpointing"]:
         transformer.enable_gradient_checkpointing()

@@ -158,6 +158,14 @@ def test_only_what_is_trainable_moves(base, tmp_path, trainable, part):
     assert not torch.equal(trained["blocks.0.attn1.processor.attention.mixing.logit"], torch.full((2, 4), 2.0))
 
 
+def test_alpha_can_begin_elsewhere(base, tmp_path):
+    fine_tune(base, tmp_path, alpha=0.8, lr_mixing=1e-6)
+    logits = [x for name, x in read_weights(tmp_path).items() if name.endswith("mixing.logit")]
+    assert len(logits) == 2
+    for logit in logits:
+        torch.testing.assert_close(torch.sigmoid(logit), torch.full_like(logit, 0.8), rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize(("select", "processes"), [("last", 1), ("best", 1), ("last", 2)])
 def test_a_row_in_which_nothing_learns_keeps_its_weights(base, tmp_path, capfd, select, processes):
     row = {"variant": "full", "attention": "full", "router": "none", "mixing": "none", "quantization": "none"}

@@ -24,7 +24,7 @@ SETTINGS = {
     "study": "test", "seed": 0, "train_seed": 0, "device": "cpu", "threads": 1, "variant": ROW,
     "attention": {"block_q": 8, "block_k": 4}, "steps": 4, "batch": 4, "micro_batch": 1, "lr": 1e-3, "lr_mixing": 1e-2,
     "betas": [0.9, 0.999], "warmup": 1, "weight_decay": 0.01, "clip": 1.0, "ema": 0.9, "timesteps": "uniform",
-    "caption_dropout": 0.1, "loss": "diffusion", "trainable": "all", "gradient_checkpointing": True, "select": "last",
+    "caption_dropout": 0.1, "loss": "diffusion", "trainable": "all", "alpha": None, "gradient_checkpointing": True, "select": "last",
     "parallel": "ddp", "compile": False, "tensorboard": False, "validate_every": 2, "checkpoint_every": 2,
 }  # fmt: skip
 

@@ -97,6 +97,7 @@ IMPOSSIBLE = [
     ({"stage2.headline.rows": ["base"]}, "stage2.headline.rows", ["base", "not fine-tuned", "remove"]),
     ({"stage2.of_rows": {"sla3": {"steps": 9}}}, "stage2.of_rows.sla3", ["sla3", "choose"]),
     ({"stage2.of_rows": {"base": {"steps": 9}}}, "stage2.of_rows.base", ["base", "not fine-tuned"]),
+    ({"stage2.of_rows": {"full": {"alpha": 0.8}}}, "stage2.of_rows.full.alpha", ["mixing none", "no alpha"]),
     ({"stage2.of_rows": {"full": {"steps": 1}}}, "stage2.of_rows.full.warmup", ["5", "1 steps", "fewer"]),
     ({"stage2.seeds": 3}, "stage2.headline.seeds", ["2", "3", "at least"]),
     ({"variants.rows": ["base", "full", "sla2-99"]}, "variants.rows", ["sla2-99", "sla2-97"]),
