@@ -33,7 +33,7 @@ WORDS = {
     "adapter": ("#5566cc", "H", "adapter learns"),
     "lr-half": ("#77bbbb", "v", "half the learning rate"),
     "lr-double": ("#225555", "^", "twice the learning rate"),
-    "alpha-80": ("#997700", "<", "α from 0.8"),
+    "alpha-90": ("#997700", "<", "α from 0.9"),
 }
 SPARE_COLORS = ("#228833", "#009988", "#bb8800", "#9988cc", "#dd5577")
 SPARE_MARKERS = ("h", "p", "d", "8", "H")
