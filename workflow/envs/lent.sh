@@ -3,6 +3,7 @@
 # What `study` starts goes on between calls, as long as the machine is there.
 
 LENT=/tmp/lent
+STUDY=${STUDY:-mini}
 OFFLINE=/tmp/offline # what workflow/envs/offline.sh packed
 export PATH="$OFFLINE/bin:$PATH" PYTHONPATH="$OFFLINE/site:$LENT:$LENT/kernels:$LENT/eval" PYTHONUNBUFFERED=1
 export SLA2_JOBS_PER_GPU=${SLA2_JOBS_PER_GPU:-4}
@@ -23,7 +24,7 @@ look() {
     sleep 10
     while [ $SECONDS -lt "$1" ] && [ ! -e "$LENT/${2:-.none}" ] && pgrep -f "m snakemake" > /dev/null; do sleep 1; done
     echo "after $SECONDS s:" && grep -aE "of [0-9]+ steps|[Ee]rror in rule" /tmp/study.log | tail -n 3
-    (cd "$LENT"/results/* && ls stage1/*/adapter.safetensors stage2/*/seed*/adapter.safetensors generate/*/seed*/manifest.jsonl score/*.csv \
+    (cd "$LENT/results/$STUDY" && ls stage1/*/adapter.safetensors stage2/*/seed*/adapter.safetensors generate/*/seed*/manifest.jsonl score/*.csv \
         2> /dev/null | cut -d/ -f1 | sort | uniq -c)
     nvidia-smi --query-gpu=utilization.gpu,memory.used --format=csv,noheader | tr '\n' ';' && uptime
 }
@@ -33,7 +34,7 @@ look() {
 records() {
     cp /tmp/study.log "$1"
     (
-        cd "$LENT"/results/* && out=$1 && shift
+        cd "$LENT/results/$STUDY" && out=$1 && shift
         find data/data.json base_model stage1 stage2 generate score latency logs -type f \( -name '*.json' -o -name '*.csv' -o -name '*.jsonl' \
             -o -name 'adapter.safetensors' -o -name '*.log' -o -path 'score/judge/*' \) ! -path '*/finished/*' ! -path '*/latents-*' ! -path '*/pipeline/*' \
             ! -path '*/transformer/*' ! -name trained.json 2> /dev/null | tar c -T - | xz -3 -T0 | split -b 15000000 - "$out/records."
