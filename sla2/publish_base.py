@@ -18,10 +18,8 @@ from sla2.files import read_json, write_folder, write_json
 from sla2.wan import load_pipeline
 
 SHARD = "4MB"  # a repository's file has 5 MiB at most
-LEFT = (
-    "trained.json",
-    "trained.json.provenance.json",
-)  # what `sla2.base_model` leaves beside the pipeline that it has trained
+# What `sla2.base_model` leaves beside the pipeline that it has trained.
+LEFT = "trained.json", "trained.json.provenance.json"
 
 
 def main() -> None:
