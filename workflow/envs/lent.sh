@@ -7,15 +7,18 @@ STUDY=${STUDY:-mini}
 OFFLINE=/tmp/offline # what workflow/envs/offline.sh packed
 export PATH="$OFFLINE/bin:$PATH" PYTHONPATH="$OFFLINE/site:$LENT:$LENT/kernels:$LENT/eval" PYTHONUNBUFFERED=1
 export SLA2_JOBS_PER_GPU=${SLA2_JOBS_PER_GPU:-4}
+SLA2_COMMIT=$(cat "$LENT/.commit" 2> /dev/null) # the copy has no git
+export SLA2_COMMIT
 
 # settle COMMIT: on a bare machine, unpack .device/offline.tar.xz and copy the repository to $LENT.
 settle() {
     mkdir -p "$LENT" "$OFFLINE" && tar xJf .device/offline.tar.xz -C "$OFFLINE" && cp -a . "$LENT" && echo "$1" > "$LENT/.commit"
+    SLA2_COMMIT=$1
 }
 
 # study TARGETS AND OPTIONS: start Snakemake on them, beside nothing else that runs in $LENT.
 study() {
-    (cd "$LENT" && SLA2_COMMIT=$(cat .commit) && export SLA2_COMMIT && setsid nohup snakemake "$@" --scheduler greedy \
+    (cd "$LENT" && setsid nohup snakemake "$@" --scheduler greedy \
         --resources gpu=$((SLA2_JOBS_PER_GPU * $(nvidia-smi -L | wc -l))) > /tmp/study.log 2>&1 < /dev/null &)
 }
 
@@ -38,9 +41,11 @@ records() {
         find data/data.json base_model stage1 stage2 generate score latency logs -type f \( -name '*.json' -o -name '*.csv' -o -name '*.jsonl' \
             -o -name 'adapter.safetensors' -o -name '*.log' -o -path 'score/judge/*' \) ! -path '*/finished/*' ! -path '*/latents-*' ! -path '*/pipeline/*' \
             ! -path '*/transformer/*' ! -name trained.json 2> /dev/null | tar c -T - | xz -3 -T0 | split -b 15000000 - "$out/records."
-        [ $# -gt 0 ] && {
-            find generate -path "*seed0/lossless/$1-s0.mkv"
-            for prompt in "$@"; do find generate -path "*seed0/videos/$prompt-s0.mp4"; done
-        } | tar c -T - | split -b 15000000 - "$out/videos."
+        if [ $# -gt 0 ]; then
+            {
+                find generate -path "*seed0/lossless/$1-s0.mkv"
+                for prompt in "$@"; do find generate -path "*seed0/videos/$prompt-s0.mp4"; done
+            } | tar c -T - | split -b 15000000 - "$out/videos."
+        fi
     )
 }
