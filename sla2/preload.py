@@ -6,7 +6,6 @@ over, with its arguments, folder, environment and open files, and ends as the st
 command typed by hand, a server that is still importing) the step runs in its own process: the same code, only later.
 """
 
-import contextlib
 import importlib
 import json
 import os
@@ -131,17 +130,9 @@ def hand_over(module: str, arguments: list[str]) -> int | None:
     socket.send_fds(connection, [LENGTH.pack(len(payload))], [0, 1, 2])
     connection.sendall(payload)
     (child,) = LENGTH.unpack(_receive(connection, LENGTH.size))
-    # A handler that Python runs between two steps would wait for the end of the job, where the signal came just before `recv`.
-    received, sent = socket.socketpair()
-    sent.setblocking(False)
-    signal.set_wakeup_fd(sent.fileno())
     for number in passed_on:
-        signal.signal(number, lambda *_: None)
+        signal.signal(number, lambda received, _: os.kill(child, received))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, passed_on)
-    while connection not in select.select([connection, received], [], [])[0]:
-        for number in received.recv(64):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(child, number)
     answer = _receive(connection, LENGTH.size)
     return LENGTH.unpack(answer)[0] if answer else 128 + signal.SIGKILL
 

@@ -31,13 +31,19 @@ else:
 """
 
 
+def as_at_a_terminal() -> None:
+    """What a script starts in its background ignores Ctrl-C, and so would all that these tests start there."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.fixture
 def server(tmp_path):
     """A server that has imported `decimal`, in a folder with a module `job`."""
     (tmp_path / "job.py").write_text(JOB)
     code = f"from sla2.preload import serve; serve({str(tmp_path / 'socket/jobs')!r}, {os.getpid()}, ('decimal',))"
     (tmp_path / "socket").mkdir()
-    process = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    process = subprocess.Popen([sys.executable, "-c", code], env=environment, preexec_fn=as_at_a_terminal)
     while not (tmp_path / "socket/jobs").exists():
         assert process.poll() is None
         time.sleep(0.01)
