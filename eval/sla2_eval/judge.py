@@ -60,7 +60,7 @@ def train(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / warmup, 0.5 * (1 + np.cos(np.pi * step / steps)) + 0.01)
     )
-    pixels = judge.pixels(boards)
+    boards = torch.as_tensor(boards, device=device)
     log = []
     progress = bar(steps, "judge")
     for step in progress:
@@ -70,9 +70,8 @@ def train(
         own = [grammar.caption(of_clip) for of_clip in said]
         texts = own + [draw.choice(swapped(of_clip, *choice)) for of_clip in said for choice in choices.items()]
         target = torch.tensor([[float(a == b) for b in texts] for a in own], device=device)
-        seen = vary(pixels[chosen], settings["frame_size"], [turned is not None for turned in backwards], draw).to(
-            device
-        )
+        reversed_order = [turned is not None for turned in backwards]
+        seen = vary(judge.pixels(boards[chosen]), settings["frame_size"], reversed_order, draw)
         image = functional.normalize(model.encode_image(seen), dim=-1)
         text = functional.normalize(model.encode_text(judge.vocabulary.encode(texts).to(device)), dim=-1)
         logits = model.logit_scale.exp() * image @ text.T
