@@ -28,6 +28,7 @@ from sla2.errors import UserError, run_main
 from sla2.files import sha256_file, write_atomic, write_folder, write_json
 from sla2.progress import bar, say
 from sla2.record import write_provenance
+from sla2_eval.metrics.frames import middle_frames
 from sla2_eval.metrics.naturalness import Naturalness
 from sla2_eval.metrics.text_alignment import StoryboardClip, Vocabulary, storyboard
 from sla2_eval.trained_judge import NAME, choices_of, create_clip, forced_choice_accuracy, model_config, swapped
@@ -69,7 +70,9 @@ def train(
         said = [turned or words[i] for i, turned in zip(chosen, backwards, strict=True)]
         own = [grammar.caption(of_clip) for of_clip in said]
         texts = own + [draw.choice(swapped(of_clip, *choice)) for of_clip in said for choice in choices.items()]
-        target = torch.tensor([[float(a == b) for b in texts] for a in own], device=device)
+        number = {text: index for index, text in enumerate(dict.fromkeys(texts))}
+        of_text = torch.tensor([number[text] for text in texts], device=device)
+        target = (of_text[: len(own), None] == of_text).float()
         reversed_order = [turned is not None for turned in backwards]
         seen = vary(judge.pixels(boards[chosen]), settings["frame_size"], reversed_order, draw)
         image = functional.normalize(model.encode_image(seen), dim=-1)
@@ -125,10 +128,11 @@ def _soft_cross_entropy(logits: torch.Tensor, target: torch.Tensor) -> torch.Ten
 def storyboards(clips: Clips, settings: dict, description: str) -> np.ndarray:
     """Storyboards (n, h, w, 3) of a split; frames are rendered or decoded in batches and dropped."""
     layout = (settings["frames"], settings["columns"], settings["frame_size"])
+    shown = middle_frames(settings["video"]["frames"], settings["frames"])
     boards = []
     for start in bar(list(range(0, len(clips), RENDER_BATCH)), description):
         frames = clips.batch(list(range(start, min(start + RENDER_BATCH, len(clips)))))
-        boards += [storyboard(clip, *layout) for clip in frames]
+        boards += [storyboard(clip, *layout) for clip in frames[:, shown].cpu()]
     return np.stack(boards)
 
 
@@ -152,18 +156,17 @@ def speeds_of(scenes: list[dict | None]) -> dict[str, float]:
 
 def learn(settings: dict, data: Path, device: torch.device, folder: Path) -> None:
     """Train, gate and write everything of the judge into a folder."""
-    splits = {name: Clips(data / f"{name}.jsonl", settings["video"]) for name in ("judge", "judge_heldout", "heldout")}
+    splits = {name: Clips(data / f"{name}.jsonl", settings["video"], device) for name in ("judge", "judge_heldout")}
+    pristine = Clips(data / "heldout.jsonl", settings["video"])
     gates = {"reason": None, "gate": settings["gate"], "attributes": {}, "weights_sha256": None}
     gates["storyboard"] = {"frames": settings["frames"], "columns": settings["columns"], "side": settings["frame_size"]}
-    gates["speeds"] = speeds_of(splits["heldout"].scenes)
-    save_file(fit_naturalness(splits["heldout"], settings).state(), folder / "naturalness.safetensors")
-    if not all(len(splits[name]) and all(splits[name].scenes) for name in ("judge", "judge_heldout")):
+    gates["speeds"] = speeds_of(pristine.scenes)
+    save_file(fit_naturalness(pristine, settings).state(), folder / "naturalness.safetensors")
+    if not all(len(splits[name]) and all(splits[name].scenes) for name in splits):
         gates["reason"] = "the judge splits hold no clips of known scenes: nothing to train the judge on"
         write_json(folder / "gates.json", gates)
         return
-    words, heldout = (
-        [grammar.attributes(scene) for scene in splits[name].scenes] for name in ("judge", "judge_heldout")
-    )
+    words, heldout = ([grammar.attributes(scene) for scene in splits[name].scenes] for name in splits)
     choices = choices_of(words)
     torch.manual_seed(settings["seed"])
     captions = [grammar.caption(of_clip) for of_clip in words]
