@@ -6,6 +6,7 @@ average over them in silence. Its `status` says which kind of reason that is.
 
 import csv
 import datetime
+import gzip
 import importlib.metadata
 import io
 import math
@@ -118,7 +119,7 @@ def write_records(path: str | Path, records: list[Record]) -> None:
 
 
 def read_records(path: str | Path) -> list[Record]:
-    """Read what `write_records` wrote.
+    """Read what `write_records` wrote, packed by gzip where the name ends so.
 
     Raises:
         UserError: when the file is missing, its columns differ, or a status does not fit its value and reason.
@@ -126,7 +127,8 @@ def read_records(path: str | Path) -> list[Record]:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such record file; run the step that writes it")
-    with path.open(newline="", encoding="utf-8") as file:
+    opened = gzip.open if path.suffix == ".gz" else open
+    with opened(path, "rt", newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
         if reader.fieldnames not in (COLUMNS, WITHOUT_STATUS):
             raise UserError(f"{path}: columns are {reader.fieldnames}, expected {COLUMNS}")

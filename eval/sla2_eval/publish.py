@@ -4,10 +4,12 @@
     make figures FROM=results/reference/mini-h200
 
 Copies records, tables, figures, logs and what stands beside them, of the rows that are in the tables; of the first training seed's
-videos those that the page shows as mp4, and those of the contact sheet without loss. Adapters stay: without their weights nobody can use them.
+videos those that the page shows as mp4, and those of the contact sheet without loss. Scores are packed, as they are one line a video and metric
+(`score/<row>.csv.gz`, which the tables step reads too). Adapters stay: without their weights nobody can use them.
 """
 
 import argparse
+import gzip
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,8 +42,8 @@ RECORDS = (
     "tables/*",
     "figures/*",
 )
-MIB = 2**20
-LARGEST_FILE, LARGEST_FOLDER = 5 * MIB, 30 * MIB  # what a repository carries without harm
+MB = 10**6
+LARGEST_FILE, LARGEST_FOLDER = 5 * MB, 30 * MB  # what a repository carries without harm
 
 
 def main() -> None:
@@ -50,13 +52,18 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder; replaced")
     args = parser.parse_args()
     chosen = [*records(args.study), *videos(args.study)]
-    check_sizes(chosen)
+    check_present(chosen)
+    scores = {args.study / f"score/{row}.csv" for row in TableSet(args.study / "tables").variants}
 
     def fill(folder: Path) -> None:
         for path in chosen:
             target = folder / path.relative_to(args.study)
             target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, target)
+            if path in scores:  # without time and name in it, so that equal scores are equal files
+                target.with_name(f"{target.name}.gz").write_bytes(gzip.compress(path.read_bytes(), mtime=0))
+            else:
+                shutil.copyfile(path, target)
+        check_sizes(folder)
 
     write_folder(args.output, fill)
 
@@ -83,19 +90,22 @@ def videos(study: Path) -> Iterator[Path]:
         yield from (clip.lossless for clip in on_contact_sheet(tables, folder))
 
 
-def check_sizes(paths: list[Path]) -> None:
-    """Refuse what is missing, and more than a repository should carry."""
+def check_present(paths: list[Path]) -> None:
+    """Refuse to publish a study that lacks something."""
     for path in paths:
         if not path.is_file():
             raise UserError(f"{path}: missing; run the step that makes it")
-        if path.stat().st_size > LARGEST_FILE:
-            raise UserError(
-                f"{path}: {path.stat().st_size / MIB:.1f} MiB, a published file has {LARGEST_FILE // MIB} at most"
-            )
-    total = sum(path.stat().st_size for path in paths)
-    if total > LARGEST_FOLDER:
+
+
+def check_sizes(folder: Path) -> None:
+    """Refuse more than a repository should carry."""
+    sizes = {path.relative_to(folder): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+    for path, size in sizes.items():
+        if size > LARGEST_FILE:
+            raise UserError(f"{path}: {size / MB:.1f} MB, a published file has {LARGEST_FILE // MB} at most")
+    if sum(sizes.values()) > LARGEST_FOLDER:
         raise UserError(
-            f"{total / MIB:.1f} MiB to publish, {LARGEST_FOLDER // MIB} at most; lower report.videos or report.contact and make the tables again"
+            f"{sum(sizes.values()) / MB:.1f} MB to publish, {LARGEST_FOLDER // MB} at most; lower report.videos or report.contact and make the tables again"
         )
 
 
