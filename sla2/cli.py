@@ -23,6 +23,7 @@ STEPS = {
     "tables": "sla2_eval.tables",
     "report": "sla2_eval.report",
     "publish": "sla2_eval.publish",
+    "compare": "sla2_eval.compare",
     "publish_base": "sla2.publish_base",
     "rehearsal": "sla2.rehearsal",
 }

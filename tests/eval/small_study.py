@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from sla2.files import sha256_file, write_json
 from sla2.record import Record, write_records
 from sla2.variant import Variant, read_variants
 from sla2_eval.response import add_responses, write_rows
@@ -270,5 +271,7 @@ def write_videos(folder: Path) -> None:
                     "height": 32,
                     "width": 32,
                 }
-                lines.append(json.dumps({**entry, "fps": 8, "file": f"lossless/{name}.mkv"}))
+                file = f"lossless/{name}.mkv"
+                lines.append(json.dumps({**entry, "fps": 8, "file": file, "sha256": sha256_file(place / file)}))
             (place / "manifest.jsonl").write_text("\n".join(lines) + "\n")
+            write_json(place / "manifest.jsonl.provenance.json", {"weights_sha256": f"{row.variant} {seed}"})
