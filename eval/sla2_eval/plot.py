@@ -22,7 +22,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 from sla2.files import atomic_path
-from sla2_eval.floors import KERNEL, SEEDS, change, floor_of
+from sla2_eval.floors import KERNEL, SEEDS, change, floor_of, kernel_row
 from sla2_eval.palette import style
 from sla2_eval.table_set import TableSet
 
@@ -233,6 +233,23 @@ def row_axes(axes: list[Axes], names: list[str]) -> None:
 def mark_missing(ax: Axes, place: int) -> None:
     """Say in the row of a variant that it has no value here; the tables have the reason."""
     ax.text(0.03, place, "no value", transform=ax.get_yaxis_transform(), va="center", fontsize=7, color="#8a8a8a")
+
+
+def beyond_others(tables: TableSet, rows: dict[str, dict], column: str = "mean") -> str | None:
+    """The row of another dense kernel, where it lies farther from all others than they lie apart: to scale it would press them together."""
+    name = kernel_row(tables)
+    others = [row[column] for other, row in rows.items() if other != name and row[column] is not None]
+    if name not in rows or rows[name][column] is None or len(others) < 2:
+        return None
+    distance = max(rows[name][column] - max(others), min(others) - rows[name][column])
+    return name if distance > max(others) - min(others) else None
+
+
+def mark_beyond(ax: Axes, row: dict, place: int, column: str = "mean") -> None:
+    """Write a value that lies beyond the axis at its right end."""
+    box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+    look = {"va": "center", "ha": "right", "fontsize": 8, "color": "#444444", "bbox": box}
+    ax.text(0.98, place, f"{row[column]:.3g} →", transform=ax.get_yaxis_transform(), **look)
 
 
 def say_missing(ax: Axes, tables: TableSet, metric: str) -> None:

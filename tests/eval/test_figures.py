@@ -136,6 +136,25 @@ def test_another_dense_kernel_is_no_choice_to_draw(name, study, tmp_path, drawn)
     assert style("base-kernel").label not in texts
 
 
+@pytest.mark.parametrize(("name", "column"), [("ablation_bars", "mean"), ("paired_differences", "difference")])
+def test_a_far_floor_is_written_at_the_edge(name, column, study, tmp_path, drawn):
+    """To scale, dense attention by another kernel would press all rows together."""
+    table = shutil.copytree(study / "tables", tmp_path / "tables") / "fidelity.csv"
+    rows = list(csv.DictReader(table.open()))
+    for row in rows:
+        if (row["variant"], row["metric"]) == ("base-kernel", "fidelity.psnr"):
+            row |= {"mean": "157", "difference": "123", "difference_low": "122", "difference_high": "124"}
+    with table.open("w") as file:
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    for folder, texts in ((study / "tables", set()), (table.parent, {"157 →" if column == "mean" else "123 →"})):
+        draw_figure(SCRIPTS[name], study, tmp_path / name, folder)
+        (ax,) = [ax for ax in drawn[name].axes if ax.get_title().startswith("fidelity.psnr")]
+        assert {text.get_text() for text in ax.texts if "→" in text.get_text()} == texts
+        assert ax.get_xlim()[1] < 100
+
+
 def test_every_variant_has_a_look_of_its_own(study):
     looks = [style(name) for name in TableSet(study / "tables").variants]
     assert len({(look.color, look.marker) for look in looks}) == len(looks)

@@ -32,8 +32,11 @@ def draw(tables: TableSet) -> Figure:
             ax.axvline(row["mean"], color=style(reference).color, linewidth=0.8)
             if row["ci_low"] is not None:
                 ax.axvspan(row["ci_low"], row["ci_high"], color=style(reference).color, alpha=0.08, linewidth=0)
+        beyond = plot.beyond_others(tables, {name: rows[name] for name in names if name in rows})
         for place, name in enumerate(names):
-            if name in rows:
+            if name == beyond:
+                plot.mark_beyond(ax, rows[name], place)
+            elif name in rows:
                 plot.point(ax, rows[name], place, along="x", fillstyle=plot.fill(rows[name]))
             else:
                 plot.mark_missing(ax, place)

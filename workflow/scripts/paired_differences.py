@@ -32,8 +32,11 @@ def draw(tables: TableSet) -> Figure:
             ax.axvspan(-margin, margin, color=MARGIN, alpha=0.13, linewidth=0)
         plot.noise_change(ax, tables, metric)
         ax.axvline(0, color=style(reference).color, linewidth=0.8)
+        beyond = plot.beyond_others(tables, rows, COLUMNS[0])
         for place, name in enumerate(names):
-            if name in rows and rows[name]["difference"] is not None:
+            if name == beyond:
+                plot.mark_beyond(ax, rows[name], place, COLUMNS[0])
+            elif name in rows and rows[name]["difference"] is not None:
                 plot.point(ax, rows[name], place, along="x", names=COLUMNS, fillstyle=plot.fill(rows[name]))
             else:
                 plot.mark_missing(ax, place)
