@@ -192,7 +192,11 @@ def learn(settings: dict, data: Path, device: torch.device, folder: Path) -> Non
     rows = ["step,phase,split,metric,value", *(f"{row['step']},judge,train,loss,{row['loss']:.6g}" for row in log)]
     write_atomic(folder / "log.csv", "\n".join(rows) + "\n")
     for name, gate in gates["attributes"].items():
-        say(f"judge: {name} {gate['accuracy']:.3f} on {gate['clips']} held-out clips, gate {settings['gate']:g}")
+        failed = gate["accuracy"] < settings["gate"]
+        advice = ": not passed, so what needs it is not available; raise score.judge.batch or steps" if failed else ""
+        say(
+            f"judge: {name} {gate['accuracy']:.3f} on {gate['clips']} held-out clips, gate {settings['gate']:g}{advice}"
+        )
 
 
 def main() -> None:

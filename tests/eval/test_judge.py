@@ -170,9 +170,14 @@ def test_files_round_trip_offline(judge_folder, judge_data, offline):
     assert judge.frame_consistency(np.repeat(clip[:1], 9, 0)) == pytest.approx(1, abs=1e-5)
 
 
-def test_training_is_repeatable_offline(judge_folder, judge_data, tmp_path, offline):
+def test_training_is_repeatable_offline(judge_folder, judge_data, tmp_path, offline, capsys):
     learn(JUDGE, judge_data, CPU, tmp_path)
     assert (tmp_path / "gates.json").read_bytes() == (judge_folder / "gates.json").read_bytes()
+    gates = json.loads((tmp_path / "gates.json").read_text())
+    failed = [name for name in gates["attributes"] if gate_failure(gates, name)]
+    assert failed, "three steps teach too little"
+    said = "".join(capsys.readouterr())
+    assert said.count("not passed, so what needs it is not available; raise score.judge.batch or steps") == len(failed)
 
 
 def test_speeds_are_read_off_the_scenes():
