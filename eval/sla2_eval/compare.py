@@ -8,17 +8,16 @@ same, and by how much the rest differs.
 """
 
 import argparse
-import csv
-import io
 import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from sla2.errors import UserError, run_main
-from sla2.files import read_json, write_atomic
+from sla2.files import read_json
 from sla2.progress import say
 from sla2.record import read_records
 from sla2_eval.table_set import TableSet
+from sla2_eval.tables import read_log, write_table
 
 
 @dataclass(frozen=True)
@@ -84,13 +83,13 @@ def compare(one: Path, other: Path) -> list[Agreement]:
 
 def logs(study: Path, pattern: str) -> Entries:
     """Values of the training logs `log.csv` in folders that fit a pattern."""
-    entries: Entries = {}
-    for path in sorted(study.glob(f"{pattern}/log.csv")):
-        with path.open(newline="", encoding="utf-8") as file:
-            for line in csv.DictReader(file):
-                value = float(line.pop("value"))
-                entries[f"{path.parent.name} {' '.join(line.values())}"] = value
-    return entries
+    return {
+        " ".join([path.parent.name, *(line[name] for name in ("step", "phase", "split", "metric"))]): float(
+            line["value"]
+        )
+        for path in sorted(study.glob(f"{pattern}/log.csv"))
+        for line in read_log(path, study.name)
+    }
 
 
 def trained(study: Path, row: str) -> Entries:
@@ -117,23 +116,12 @@ def videos(study: Path, row: str) -> Entries:
 def scores(study: Path, row: str) -> Entries:
     """Scores of a row, packed or not; where there is no value, the reason."""
     entries: Entries = {}
-    for path in study.glob(f"score/{row}.csv*"):
-        if path.suffix in (".csv", ".gz"):
-            for record in read_records(path):
-                place = (record.metric, record.train_seed, record.prompt_id, record.seed, record.layer)
-                key = " ".join("-" if part is None else str(part) for part in place)
-                entries[key] = record.reason if record.value is None else record.value
+    for path in filter(Path.is_file, (study / f"score/{row}.csv", study / f"score/{row}.csv.gz")):
+        for record in read_records(path):
+            place = (record.metric, record.train_seed, record.prompt_id, record.seed, record.layer)
+            key = " ".join("-" if part is None else str(part) for part in place)
+            entries[key] = record.reason if record.value is None else record.value
     return entries
-
-
-def write(path: Path, lines: list[Agreement]) -> None:
-    """One line an agreement, columns as its attributes."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, [field.name for field in fields(Agreement)], lineterminator="\n")
-    writer.writeheader()
-    for line in lines:
-        writer.writerow({name: "" if value is None else value for name, value in asdict(line).items()})
-    write_atomic(path, text.getvalue())
 
 
 def main() -> None:
@@ -144,7 +132,7 @@ def main() -> None:
     args = parser.parse_args()
     lines = compare(args.study, args.other)
     if args.output:
-        write(args.output, lines)
+        write_table(args.output, [field.name for field in fields(Agreement)], [asdict(line) for line in lines])
     for line in lines:
         if line.equal < line.compared or line.missing:
             gap = "" if line.largest_difference is None else f", by {line.largest_difference:.3g} at most"

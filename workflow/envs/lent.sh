@@ -12,8 +12,7 @@ export SLA2_COMMIT
 
 # settle COMMIT: on a bare machine, unpack .device/offline.tar.xz and copy the repository to $LENT.
 settle() {
-    mkdir -p "$LENT" "$OFFLINE" && tar xJf .device/offline.tar.xz -C "$OFFLINE" && cp -a . "$LENT" && echo "$1" > "$LENT/.commit"
-    SLA2_COMMIT=$1
+    mkdir -p "$LENT" "$OFFLINE" && tar xJf .device/offline.tar.xz -C "$OFFLINE" && cp -a . "$LENT" && echo "$1" > "$LENT/.commit" && SLA2_COMMIT=$1
 }
 
 # study TARGETS AND OPTIONS: start Snakemake on them, beside nothing else that runs in $LENT.
